@@ -1,0 +1,40 @@
+# make demo    train on real data with SGDM, SAM and WSAM, and check fused against eager
+# make test    run the tests
+# make bench   measure against the other implementations
+# make lint    check formatting, style and types        make format  apply the formatting
+#
+# Every target sets up what it needs and may be run again. A torch that the active environment
+# (PYTHON) has is used as it is; else everything is installed into .venv.
+
+PYTHON ?= python3
+STAMP := build/environment
+RUN := . $(STAMP) && "$$ENVIRONMENT_PYTHON"
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench lint format environment clean
+
+demo: environment
+	$(RUN) -m benchmarks.demo
+
+test: environment
+	$(RUN) -m pytest -q
+
+bench: environment
+	$(RUN) -m benchmarks.bench_step
+
+lint: environment
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	. $(STAMP) && "$$(dirname "$$ENVIRONMENT_PYTHON")/clang-format" --dry-run -Werror $(CXX_SOURCES)
+
+format: environment
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	. $(STAMP) && "$$(dirname "$$ENVIRONMENT_PYTHON")/clang-format" -i $(CXX_SOURCES)
+
+environment:
+	@PYTHON="$(PYTHON)" .ci/environment $(STAMP)
+
+clean:
+	rm -rf build .venv wsam_fused/_C*.so *.egg-info

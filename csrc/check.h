@@ -1,0 +1,51 @@
+// Argument checks of the operations. Every message names the argument, what it was and what it has
+// to be. The addresses inside a table cannot be checked here: the operations are private, and
+// wsam_fused/plan.py builds the tables from tensors that it has checked.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "plan.h"
+
+namespace wsam_fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size) {
+  STD_TORCH_CHECK(tensor.defined(), name, " is undefined");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
+  STD_TORCH_CHECK(tensor.numel() == size, name, " has ", tensor.numel(), " elements, expected ",
+                  size);
+}
+
+inline Plan checked_plan(const Tensor& table, const Tensor& chunks, int64_t chunk_size) {
+  STD_TORCH_CHECK(chunk_size > 0 && chunk_size % kAlignment == 0, "chunk_size is ", chunk_size,
+                  ", expected a positive multiple of ", kAlignment);
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == kTableRows, "table has the wrong shape, ",
+                  "expected ", int(kTableRows), " rows and a column per tensor");
+  const int64_t tensors = table.size(1);
+  check_tensor(table, "table", ScalarType::Long, kTableRows * tensors);
+  check_tensor(chunks, "chunks", ScalarType::Long, chunks.numel());
+  const Plan plan{static_cast<const int64_t*>(table.const_data_ptr()),
+                  static_cast<const int64_t*>(chunks.const_data_ptr()), tensors, chunks.numel(),
+                  chunk_size};
+  return plan;
+}
+
+inline const double* checked_groups(const Tensor& groups) {
+  STD_TORCH_CHECK(groups.dim() == 2 && groups.size(1) == kGroupColumns,
+                  "groups has the wrong shape, expected a row per parameter group and ",
+                  int(kGroupColumns), " columns");
+  check_tensor(groups, "groups", ScalarType::Double, groups.size(0) * kGroupColumns);
+  return static_cast<const double*>(groups.const_data_ptr());
+}
+
+inline double* checked_doubles(Tensor& tensor, const char* name, int64_t size) {
+  check_tensor(tensor, name, ScalarType::Double, size);
+  return static_cast<double*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace wsam_fused

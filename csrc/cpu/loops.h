@@ -1,0 +1,53 @@
+// What the three CPU operations have in common: threads over chunks, and the switch over dtypes.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../check.h"
+#include "isa.h"
+
+// Tells the compiler that iterations are independent although pointers may be equal (the memory of
+// a dead operand is reused): element i is only ever touched by iteration i.
+#if defined(__clang__)
+#define WSAM_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define WSAM_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#else
+#define WSAM_INDEPENDENT_ITERATIONS
+#endif
+
+namespace wsam_fused {
+
+// Elements below which another thread costs more than it saves (measured: a fork of torch's pool
+// takes as long as about 20,000 elements of an update).
+constexpr int64_t kGrainElements = 32768;
+
+template <typename Body>
+void for_each_chunk(const Plan& plan, const Body& body) {
+  const int64_t grain = plan.chunk_size < kGrainElements ? kGrainElements / plan.chunk_size : 1;
+  torch::stable::parallel_for(0, plan.chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
+  });
+}
+
+// Calls body with a value of the C++ type of dtype.
+template <typename Body>
+void with_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    default:
+      STD_TORCH_CHECK(false, "dtype of the parameters is not float32 or float64");
+  }
+}
+
+// Where the elements of one segment begin.
+template <typename T>
+T* segment(const Plan& plan, TableRow row, int64_t tensor, int64_t begin) {
+  T* address = plan.address<T>(row, tensor);
+  return address ? address + begin : nullptr;
+}
+
+}  // namespace wsam_fused

@@ -1,0 +1,104 @@
+"""The rows of the test matrix: base optimizers, methods and tensor lists."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW
+
+from wsam_fused import SAM, WSAM
+
+Optimizer = torch.optim.Optimizer
+
+BASES: dict[str, Callable[..., Optimizer]] = {
+    "sgd": functools.partial(SGD, lr=0.05),
+    "sgd-l2": functools.partial(SGD, lr=0.05, weight_decay=0.01),
+    "sgdm": functools.partial(SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "sgdm-dampened": functools.partial(SGD, lr=0.05, momentum=0.9, dampening=0.3),
+    "nesterov": functools.partial(SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgdm-maximize": functools.partial(SGD, lr=0.05, momentum=0.9, maximize=True),
+    "adam": functools.partial(Adam, lr=0.01, weight_decay=0.1),
+    "adam-eps": functools.partial(Adam, lr=0.01, betas=(0.8, 0.95), eps=1e-3),
+    "amsgrad": functools.partial(Adam, lr=0.01, amsgrad=True),
+    "adamw": functools.partial(AdamW, lr=0.01, weight_decay=0.1),
+    "adamw-amsgrad": functools.partial(AdamW, lr=0.01, amsgrad=True, weight_decay=0.1),
+    "adamw-maximize": functools.partial(AdamW, lr=0.01, maximize=True),
+}
+
+# Stepped as they are, between our perturb and restore.
+FOREIGN_BASES: dict[str, Callable[..., Optimizer]] = {
+    "rmsprop": functools.partial(torch.optim.RMSprop, lr=0.01),
+    "rmsprop-maximize": functools.partial(torch.optim.RMSprop, lr=0.01, maximize=True),
+    "adadelta": functools.partial(torch.optim.Adadelta, lr=0.5, rho=0.8),
+    "adagrad": functools.partial(torch.optim.Adagrad, lr=0.01),  # makes its state when built
+}
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "sam": SAM,
+    "wsam": functools.partial(WSAM, gamma=0.9),
+    "wsam-gamma-0": functools.partial(WSAM, gamma=0.0),
+    "coupled": functools.partial(WSAM, gamma=0.8, decouple=False),
+    "coupled-half": functools.partial(WSAM, gamma=0.5, decouple=False),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"rho": 0.1},
+    "adaptive": {"rho": 0.5, "adaptive": True},
+    "backup": {"rho": 0.1, "restore": "backup"},
+    "clip": {"rho": 0.1, "max_grad_norm": 0.5},
+    "clip-adaptive": {"rho": 0.5, "adaptive": True, "max_grad_norm": 0.5},
+    "check-finite": {"rho": 0.1, "check_finite": True},
+}
+
+
+def _contiguous(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], list[Tensor]]:
+    return lambda dtype: [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def _strided(dtype: torch.dtype) -> list[Tensor]:
+    return [
+        torch.randn(8, 6, dtype=dtype).t(),
+        torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=torch.channels_last),
+        torch.randn(10, 20, dtype=dtype)[:, ::2],  # not a dense block: stepped by the reference
+        torch.randn(7, dtype=dtype),
+    ]
+
+
+def _unaligned(dtype: torch.dtype) -> list[Tensor]:
+    block = torch.randn(4000, dtype=dtype)
+    return [block[1:18], block[19:1042], block[1043:1044], block[1047:3999]]
+
+
+# What a kernel has to get right about a list of tensors.
+LAYOUTS: dict[str, Callable[[torch.dtype], list[Tensor]]] = {
+    "sizes": _contiguous((), (1,), (0,), (3, 0), (5,), (17, 3), (64,), (65,), (128, 129)),
+    "many-chunks": _contiguous((40_001,), (3,), (16_384,), (16_385,)),
+    "strided": _strided,
+    "unaligned": _unaligned,
+    "tiny": lambda dtype: [torch.randn(1 + i % 5, dtype=dtype) for i in range(2000)],
+}
+
+
+def parameters(layout: str, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """Parameters of a layout, with the same values for the same seed."""
+    return [torch.nn.Parameter(tensor) for tensor in LAYOUTS[layout](dtype)]
+
+
+def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
+    """Give every parameter a gradient that depends on the seed only."""
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        values = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        param.grad = values.to(param.dtype)
+
+
+def step(optimizer: Any, params: list[torch.nn.Parameter], seed: int) -> None:
+    """One step with given gradients, in the two-call form."""
+    set_gradients(params, 2 * seed)
+    optimizer.first_step(zero_grad=True)
+    set_gradients(params, 2 * seed + 1)
+    optimizer.second_step(zero_grad=True)

@@ -1,0 +1,66 @@
+"""What the package says of itself: docstrings, their examples, the command line, the layout."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import wsam_fused
+from wsam_fused import _extension, plan
+from wsam_fused.methods import METHODS
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_docstring_has_every_argument_and_an_example_that_runs(method: Any) -> None:
+    text = inspect.getdoc(method) or ""
+    assert "{" not in text, "a shared text was not filled in"
+    for section in ("Math:", "Args:", "Raises:", "Differs from", "Reference:", "Example:"):
+        assert section in text
+    signature = inspect.signature(method)
+    for name in signature.parameters:
+        assert f"    {name}: " in text or f"    **{name}: " in text, f"{name} is not documented"
+    names = {"torch": torch, **vars(wsam_fused)}
+    examples = doctest.DocTestFinder().find(method, method.__name__, globs=names)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for example in examples:
+        runner.run(example)
+    assert runner.tries > 3
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_signature_shows_the_options(method: Any) -> None:
+    parameters = inspect.signature(method).parameters
+    expected = ["params", "base_optimizer", "rho"]
+    options = ["adaptive", "eps", "max_grad_norm", "check_finite", "restore", "backend", "model"]
+    assert list(parameters)[:3] == expected
+    assert [name for name in parameters if name in options] == options
+    assert parameters["rho"].default == 0.05
+
+
+def test_command_line_prints_backends_and_reasons() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "wsam_fused"], capture_output=True, text=True, check=True
+    )
+    for expected in (wsam_fused.__version__, torch.__version__, "eager", "cpu", "bfloat16", "why"):
+        assert expected in run.stdout
+
+
+@pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason=str(_extension.UNAVAILABLE))
+def test_layout_of_the_tables_is_that_of_the_extension() -> None:
+    assert list(torch.ops.wsam_fused.layout()) == plan.LAYOUT
+
+
+def test_an_extension_with_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _extension.UNAVAILABLE is not None:
+        pytest.skip(_extension.UNAVAILABLE)
+    monkeypatch.setattr(_extension, "LAYOUT", [0])
+    reason = _extension._load()
+    assert reason is not None
+    assert "was built from other sources" in reason

@@ -1,0 +1,47 @@
+"""How far two correct computations may be apart, and why.
+
+``u`` is the unit roundoff: 6e-8 in float32, 1.1e-16 in float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tolerance(NamedTuple):
+    rtol: float
+    atol: float
+
+
+# One step of a backend against the reference, which computes in float64 and rounds once. Relative:
+# about 10 roundings. Absolute, where terms cancel: the sum -3 g1 + 4 g2 (gamma = 0.8, coupled) of
+# normal gradients, |g| < 5, has terms of 35 in all, and each of its two roundings may be u of that:
+# 70 u = 4e-6. The decoupled sum has weights of 18, but enters multiplied by lr <= 0.1. The float64
+# figures are the same with its u, and the reference's own roundings on top.
+ONE_STEP = {
+    torch.float32: Tolerance(rtol=1e-6, atol=4e-6),
+    torch.float64: Tolerance(rtol=1e-14, atol=1.5e-14),
+}
+
+# A sum of squares is accumulated in float64 by every backend: n u of float64.
+REDUCTION = {torch.float32: Tolerance(1e-12, 0.0), torch.float64: Tolerance(1e-12, 0.0)}
+
+# p = fma(s, M g, w): s, M g and the sum are rounded, |e| < 1 where p may cancel: 3 u of e, 1 u of
+# p. In float64 the expected value of the test is rounded as often.
+PERTURBED = {
+    torch.float32: Tolerance(rtol=1.2e-7, atol=2e-7),
+    torch.float64: Tolerance(rtol=5e-16, atol=1e-15),
+}
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, what: str) -> None:
+    """Assert closeness, saying what differs."""
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=tolerance.rtol,
+        atol=tolerance.atol,
+        msg=lambda message: f"{what}: {message}",
+    )

@@ -1,0 +1,56 @@
+"""Checks of user arguments; every message names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_included: bool = True,
+    high_included: bool = True,
+) -> float:
+    """Return ``value`` as a float if it is finite and lies in the range.
+
+    Args:
+        name: How the user calls the argument.
+        value: A number or a one-element tensor.
+        low: Smallest allowed value.
+        high: Largest allowed value; infinity means any finite one.
+        low_included: Whether ``low`` itself is allowed.
+        high_included: Whether ``high`` itself is allowed.
+
+    Raises:
+        TypeError: ``value`` is not a number.
+        ValueError: ``value`` is not finite or lies outside the range.
+    """
+    if high == math.inf:
+        allowed = f"{'>=' if low_included else '>'} {low:g} and finite"
+    else:
+        opening, closing = "[" if low_included else "(", "]" if high_included else ")"
+        allowed = f"in {opening}{low:g}, {high:g}{closing}"
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} is a tensor of {value.numel()} elements, expected one element")
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}, expected a number {allowed}") from None
+    inside = low <= result <= high
+    inside = inside and (low_included or result > low) and (high_included or result < high)
+    if not math.isfinite(result) or not inside:
+        raise ValueError(f"{name} is {result!r}, expected a number {allowed}")
+    return result
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of ``allowed``; ValueError otherwise."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    return str(value)

@@ -1,0 +1,108 @@
+"""The backends and the only place that chooses one.
+
+A backend is a module with the operations ``reduce``, ``perturb`` and ``update`` (and ``bind`` and
+``refresh``, which take over addresses), all with the signatures of :class:`Backend`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from wsam_fused.backends import eager, native
+from wsam_fused.base_rules import BaseRule
+from wsam_fused.plan import Geometry
+from wsam_fused.tensor_list import Settings, TensorList
+
+
+class Backend(Protocol):
+    """The operations of a backend; all write in place and return nothing."""
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot be used here, or None."""
+
+    def bind(self, tensors: TensorList, evaluation: int, addresses: list[int]) -> None:
+        """Take over the gradients of one evaluation, 0 for g1."""
+
+    def refresh(self, tensors: TensorList) -> None:
+        """Take over the parameters' storage again after it moved."""
+
+    def reduce(self, tensors: TensorList, evaluation: int) -> None:
+        """Add the sums of squares of one gradient list to the shared scalars."""
+
+    def perturb(self, tensors: TensorList, settings: Settings, *, undo: bool = False) -> None:
+        """Move the parameters to the ascent point, or with ``undo`` back to w."""
+
+    def update(
+        self,
+        tensors: TensorList,
+        settings: Settings,
+        rule: BaseRule,
+        evaluations: int,
+        *,
+        count_skipped: bool,
+    ) -> None:
+        """Restore w, step the base rule and subtract the decoupled term."""
+
+
+class Choice(NamedTuple):
+    """A backend's name and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+BACKENDS: dict[str, Backend] = {"cpu": native, "eager": eager}
+NAMES = ("auto", *BACKENDS)
+
+
+def select(
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    geometry: Geometry = Geometry.EUCLIDEAN,
+    *,
+    walkable: bool = True,
+) -> Choice:
+    """Choose the backend for parameters of one kind.
+
+    Args:
+        requested: ``"auto"`` or the name of a backend.
+        device: Where the parameters are.
+        dtype: Their dtype.
+        geometry: The metric of the perturbation.
+        walkable: Whether the parameters are non-empty blocks of memory that a kernel can walk;
+            others are always stepped by ``eager``.
+
+    Raises:
+        RuntimeError: The backend asked for cannot be used on this machine.
+        ValueError: It does not support the device or dtype, or there is no such backend.
+    """
+    if requested not in NAMES:
+        raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, NAMES))}")
+    if requested == "eager":
+        return Choice("eager", "asked for")
+    reason = native.unavailable()
+    unsupported = _unsupported_by_native(device, dtype, geometry)
+    if requested == "cpu":
+        if reason is not None:
+            raise RuntimeError(f"backend 'cpu' is not available: {reason}")
+        if unsupported is not None:
+            raise ValueError(f"backend 'cpu' {unsupported}; use backend='auto' or 'eager'")
+    if not walkable:
+        return Choice("eager", "empty or not a dense block of memory")
+    if reason is None and unsupported is None:
+        return Choice("cpu", "asked for" if requested == "cpu" else "the fastest for this device")
+    return Choice("eager", f"cpu: {reason or unsupported}")
+
+
+def _unsupported_by_native(
+    device: torch.device, dtype: torch.dtype, geometry: Geometry
+) -> str | None:
+    if device.type not in native.DEVICE_TYPES:
+        return f"supports parameters on {', '.join(native.DEVICE_TYPES)}, not on {device.type}"
+    if not native.supports(dtype, geometry):
+        names = ", ".join(str(d).removeprefix("torch.") for d in native.DTYPES)
+        return f"supports {names} parameters, not {str(dtype).removeprefix('torch.')}"
+    return None

@@ -1,0 +1,81 @@
+"""Which torch optimizers have a fused update, and what of their groups the update needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+
+
+class BaseRule(IntEnum):
+    """Base rules that the kernels know; the values are those of ``csrc/plan.h``.
+
+    ``NONE`` leaves the step to a foreign optimizer: it writes h and d over the gradients.
+    """
+
+    NONE = 0
+    SGD = 1
+    MOMENTUM = 2
+    ADAM = 3
+    AMSGRAD = 4
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Keys of the state tensors, named and ordered as in ``torch.optim``."""
+        return _STATE_KEYS[self]
+
+    @property
+    def keeps_step(self) -> bool:
+        """Whether ``torch.optim`` keeps ``step`` in the state of this rule."""
+        return self in (BaseRule.ADAM, BaseRule.AMSGRAD)
+
+
+_STATE_KEYS: dict[BaseRule, tuple[str, ...]] = {
+    BaseRule.NONE: (),
+    BaseRule.SGD: (),
+    BaseRule.MOMENTUM: ("momentum_buffer",),
+    BaseRule.ADAM: ("exp_avg", "exp_avg_sq"),
+    BaseRule.AMSGRAD: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+}
+
+
+class Hyper(NamedTuple):
+    """The hyper-parameters of a base rule, as the last columns of the group table."""
+
+    lr: float
+    l2: float
+    decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    nesterov: float
+
+
+def has_fused_update(base_class: type) -> bool:
+    """Whether ``base_class`` is stepped by our update; a subclass may step differently."""
+    return base_class in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+def rule_of(base_class: type, group: Mapping[str, Any]) -> BaseRule:
+    """Return the rule that steps ``group`` as ``base_class`` would."""
+    if base_class is torch.optim.SGD:
+        return BaseRule.MOMENTUM if group["momentum"] else BaseRule.SGD
+    if base_class in (torch.optim.Adam, torch.optim.AdamW):
+        return BaseRule.AMSGRAD if group["amsgrad"] else BaseRule.ADAM
+    return BaseRule.NONE
+
+
+def hyper_of(rule: BaseRule, group: Mapping[str, Any]) -> Hyper:
+    """Read what ``rule`` needs from ``group``; numbers may be one-element tensors."""
+    lr, weight_decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
+    if rule in (BaseRule.SGD, BaseRule.MOMENTUM):
+        momentum, dampening = float(group["momentum"]), float(group["dampening"])
+        return Hyper(lr, weight_decay, 0.0, momentum, dampening, 0.0, float(group["nesterov"]))
+    if rule in (BaseRule.ADAM, BaseRule.AMSGRAD):
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        decoupled = group["decoupled_weight_decay"]
+        l2, decay = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
+        return Hyper(lr, l2, decay, beta1, beta2, float(group["eps"]), 0.0)
+    return Hyper(lr, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)

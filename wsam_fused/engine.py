@@ -1,0 +1,285 @@
+"""Runs the three operations over the tensor lists of an optimizer, in the order of a step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from wsam_fused.backends import BACKENDS, Backend, Choice, select
+from wsam_fused.base_rules import BaseRule
+from wsam_fused.gradients import Gradients
+from wsam_fused.plan import Geometry, GroupRow, Slot
+from wsam_fused.tensor_list import (
+    ListKey,
+    Settings,
+    SharedScalars,
+    TensorList,
+    is_dense,
+    state_tensor,
+)
+
+# w of these is restored from a copy: recomputing it would round to the few bits they have.
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class GroupKind(NamedTuple):
+    """What of a parameter group decides which kernels run for it."""
+
+    rule: BaseRule
+    geometry: Geometry
+    wants_backup: bool
+
+
+class StepEngine:
+    """The tensor lists of an optimizer and what happens to them in a step.
+
+    Args:
+        param_groups: The optimizer's groups. Parameters that are frozen and have no gradient are
+            left out until they get one.
+        kinds: One per group.
+        state: The optimizer's state; missing entries are created, existing ones adopted.
+        settings: Constants of the operations.
+        backend: ``"auto"`` or the name of a backend.
+        reuse_first_gradient: Whether a backup of w may take the memory of g1.
+        foreign: The base optimizer to be stepped where there is no fused update.
+        step_counts: Updates that parameters have had, where the state does not say.
+    """
+
+    def __init__(
+        self,
+        param_groups: Sequence[Mapping[str, Any]],
+        kinds: Sequence[GroupKind],
+        state: MutableMapping[Tensor, Any],
+        settings: Settings,
+        *,
+        backend: str,
+        reuse_first_gradient: bool,
+        foreign: Optimizer | None,
+        step_counts: Mapping[Tensor, float],
+    ) -> None:
+        self.kinds = list(kinds)
+        self.pending = False
+        self.choices: dict[Tensor, Choice] = {}
+        self._state = state
+        self._settings = settings
+        self._reuse_first_gradient = reuse_first_gradient
+        self._foreign = foreign
+        self._left_out: list[Tensor] = []
+        members: dict[ListKey, list[tuple[Tensor, int]]] = defaultdict(list)
+        for index, (group, kind) in enumerate(zip(param_groups, kinds, strict=True)):
+            for param in group["params"]:
+                if param.requires_grad or param.grad is not None:
+                    members[self._key_of(param, kind, backend)].append((param, index))
+                else:
+                    self._left_out.append(param)
+        devices = {key.device for key in members} or {torch.device("cpu")}
+        self._shared = {device: SharedScalars(device) for device in devices}
+        self.primary = next(iter(self._shared.values()))
+        self.lists = [self._new_list(key, list_, step_counts) for key, list_ in members.items()]
+
+    def _key_of(self, param: Tensor, kind: GroupKind, backend: str) -> ListKey:
+        walkable = param.numel() > 0 and is_dense(param)
+        choice = select(backend, param.device, param.dtype, kind.geometry, walkable=walkable)
+        self.choices[param] = choice
+        has_backup = (
+            kind.wants_backup
+            or kind.geometry != Geometry.EUCLIDEAN
+            or param.dtype in _LOW_PRECISION
+        )
+        return ListKey(param.device, param.dtype, choice.name, kind.rule, kind.geometry, has_backup)
+
+    def _new_list(
+        self,
+        key: ListKey,
+        members: list[tuple[Tensor, int]],
+        step_counts: Mapping[Tensor, float],
+    ) -> TensorList:
+        params = [param for param, _ in members]
+        rule = key.rule
+        entries = [self._state.get(param, {}) for param in params]
+        counts = [
+            _updates_so_far(rule, entry, step_counts.get(param))
+            for param, entry in zip(params, entries, strict=True)
+        ]
+        steps = torch.tensor(counts, dtype=torch.float32, device=key.device)
+        states = [
+            [state_tensor(p, e.get(name), name) for p, e in zip(params, entries, strict=True)]
+            for name in rule.state_keys
+        ]
+        for i, param in enumerate(params):  # every tensor is good: now the state may change
+            if rule.keeps_step:
+                self._state[param]["step"] = steps[i]
+            for name, tensors in zip(rule.state_keys, states, strict=True):
+                self._state[param][name] = tensors[i]
+        groups = [index for _, index in members]
+        return TensorList(key, params, groups, self._shared[key.device], states, steps)
+
+    # ---- is it still right? ------------------------------------------------------------------
+
+    def outdated(self, kinds: Sequence[GroupKind], state: MutableMapping[Tensor, Any]) -> bool:
+        """Whether the lists do not fit the groups any more and have to be made anew.
+
+        Parameters whose memory was exchanged are noticed later, when the gradients are read.
+        """
+        return (
+            kinds != self.kinds
+            or state is not self._state
+            or any(param.grad is not None for param in self._left_out)
+        )
+
+    def step_counts(self) -> dict[Tensor, float]:
+        """Updates that each parameter has had."""
+        return {
+            param: count
+            for tensors in self.lists
+            for param, count in zip(tensors.params, tensors.steps.tolist(), strict=True)
+        }
+
+    # ---- the step ----------------------------------------------------------------------------
+
+    def set_rows(self, rows: list[GroupRow]) -> None:
+        """Bring the coefficients and hyper-parameters of the groups up to date."""
+        for shared in self._shared.values():
+            shared.set_rows(rows)
+
+    def read_first(self, *, keep: bool) -> bool:
+        """Take over the gradients at w.
+
+        Args:
+            keep: Leave ``.grad`` as it is and work on copies; else it becomes None.
+
+        Returns:
+            False if the lists are outdated because a parameter has other storage than when they
+            were made; nothing has been taken then.
+
+        Raises:
+            RuntimeError: No parameter has a gradient.
+            TypeError: A gradient is sparse or complex.
+        """
+        taken: list[tuple[TensorList, Gradients]] = []
+        try:
+            for tensors in self.lists:
+                taken.append((tensors, tensors.reader.read(keep=keep, private=True)))
+            if all(grad is None for _, gradients in taken for grad in gradients.tensors):
+                count = sum(len(tensors.params) for tensors in self.lists)
+                raise RuntimeError(
+                    f"none of the {count} parameters has a gradient; call backward() before"
+                )
+        except BaseException:
+            _give_back(taken)
+            raise
+        if any(gradients.moved for _, gradients in taken):
+            _give_back(taken)
+            return False
+        for tensors, gradients in taken:
+            tensors.grads[0] = gradients.tensors
+            BACKENDS[tensors.key.backend].bind(tensors, 0, gradients.addresses)
+        return True
+
+    def perturb(self) -> None:
+        """Form the norm of the gradients at w and move to the ascent point."""
+        for shared in self._shared.values():
+            shared.scalars[: Slot.SKIPPED].zero_()
+        self._reduce(0)
+        self.pending = True
+        for tensors, backend in self._with_backends():
+            if tensors.key.has_backup:
+                tensors.make_backups(self._reuse_first_gradient)
+            backend.perturb(tensors, self._settings)
+
+    def update(self, rows: list[GroupRow], evaluations: int) -> None:
+        """Take the gradients at the ascent point, restore w and update it."""
+        for tensors, backend in self._with_backends():
+            gradients = tensors.reader.read(keep=True, private=False)
+            if gradients.moved:
+                self._follow_storage(tensors)
+            tensors.grads[1] = gradients.tensors
+            backend.bind(tensors, 1, gradients.addresses)
+        self.set_rows(rows)
+        if self._settings.check_second:
+            self._reduce(1)
+        first = True
+        for tensors, backend in self._with_backends():
+            rule = tensors.key.rule
+            backend.update(tensors, self._settings, rule, evaluations, count_skipped=first)
+            first = False
+        if self._foreign is not None:
+            self._step_foreign(rows, evaluations)
+        self._finish()
+
+    def _step_foreign(self, rows: list[GroupRow], evaluations: int) -> None:
+        """Step the base optimizer with h, then subtract lr * d; the rule `none` left h and d."""
+        assert self._foreign is not None
+        for tensors in self.lists:
+            for i, param in enumerate(tensors.params):
+                param.grad = tensors.grads[0][i] if tensors.has_all(i, evaluations) else None
+        # The one place that waits for the device: a foreign step cannot be skipped on it.
+        if not bool(torch.isfinite(self.primary.scalars[: Slot.SKIPPED]).all()):
+            return
+        self._foreign.step()
+        if not any(any(row.d) for row in rows):
+            return
+        plain = {"sign": 1.0, "h1": 0.0, "h2": 1.0, "h3": 0.0, "d1": 0.0, "d2": 0.0, "d3": 0.0}
+        self.set_rows([row._replace(**plain) for row in rows])
+        unclipped = self._settings._replace(max_norm=-1.0)
+        for tensors, backend in self._with_backends():
+            backend.update(tensors, unclipped, BaseRule.SGD, evaluations, count_skipped=False)
+
+    def abandon(self) -> None:
+        """Put the weights back if they are perturbed, and forget the step."""
+        if self.pending:
+            for tensors, backend in self._with_backends():
+                if tensors.reader.moved():
+                    self._follow_storage(tensors)
+                backend.perturb(tensors, self._settings, undo=True)
+        self._finish()
+
+    def _finish(self) -> None:
+        self.pending = False
+        for tensors in self.lists:
+            tensors.release()
+
+    def _reduce(self, evaluation: int) -> None:
+        for tensors, backend in self._with_backends():
+            backend.reduce(tensors, evaluation)
+        if len(self._shared) > 1:  # the norm is over all devices
+            used = slice(0, 2) if evaluation == 0 else slice(2, 3)
+            home = self.primary.scalars.device
+            total = sum(shared.scalars[used].to(home) for shared in self._shared.values())
+            for shared in self._shared.values():
+                shared.scalars[used].copy_(total)  # type: ignore[arg-type]
+
+    def _follow_storage(self, tensors: TensorList) -> None:
+        """Go on with parameters whose memory was exchanged since they were perturbed."""
+        for param in tensors.params:
+            if (param.device, param.dtype) != (tensors.key.device, tensors.key.dtype):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} became {param.dtype} on "
+                    f"{param.device} while it was perturbed as {tensors.key.dtype} on "
+                    f"{tensors.key.device}; change parameters between steps"
+                )
+        tensors.reader.refresh()
+        BACKENDS[tensors.key.backend].refresh(tensors)
+
+    def _with_backends(self) -> Iterator[tuple[TensorList, Backend]]:
+        for tensors in self.lists:
+            yield tensors, BACKENDS[tensors.key.backend]
+
+
+def _updates_so_far(rule: BaseRule, entry: Mapping[str, Any], known: float | None) -> float:
+    """How often a parameter has been updated; for momentum it matters only whether at all."""
+    if rule.keeps_step:
+        return float(entry.get("step", 0.0))
+    if rule == BaseRule.MOMENTUM and entry.get("momentum_buffer") is not None:
+        return 1.0 if known is None else known
+    return 0.0
+
+
+def _give_back(taken: Sequence[tuple[TensorList, Gradients]]) -> None:
+    for tensors, gradients in taken:
+        tensors.reader.give_back(gradients.tensors)

@@ -14,7 +14,6 @@ import torch
 from wsam_fused import __version__, _extension
 from wsam_fused.backends import BACKENDS, select
 from wsam_fused.methods import METHODS
-from wsam_fused.plan import Geometry
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -48,7 +47,7 @@ def report() -> str:
     chosen: list[tuple[str, ...]] = [("device", "dtype", 'backend="auto"', "why")]
     for device in _devices():
         for dtype in _DTYPES:
-            choice = select("auto", device, dtype, Geometry.EUCLIDEAN)
+            choice = select("auto", device, dtype)
             chosen.append((str(device), str(dtype).removeprefix("torch."), *choice))
     tables: tuple[list[tuple[str, ...]], ...] = (versions, backends, chosen)
     return "\n\n".join(_table(table) for table in tables)

@@ -84,7 +84,7 @@ class StepEngine:
 
     def _key_of(self, param: Tensor, kind: GroupKind, backend: str) -> ListKey:
         walkable = param.numel() > 0 and is_dense(param)
-        choice = select(backend, param.device, param.dtype, kind.geometry, walkable=walkable)
+        choice = select(backend, param.device, param.dtype, walkable=walkable)
         self.choices[param] = choice
         has_backup = (
             kind.wants_backup

@@ -12,12 +12,19 @@ import torch
 
 from wsam_fused.backends import eager, native
 from wsam_fused.base_rules import BaseRule
-from wsam_fused.plan import Geometry
 from wsam_fused.tensor_list import Settings, TensorList
 
 
 class Backend(Protocol):
-    """The operations of a backend; all write in place and return nothing."""
+    """The operations of a backend; all write in place and return nothing.
+
+    Attributes:
+        DEVICE_TYPES: Where parameters may be; empty for anywhere.
+        DTYPES: Dtypes that parameters may have; empty for any floating one.
+    """
+
+    DEVICE_TYPES: tuple[str, ...]
+    DTYPES: tuple[torch.dtype, ...]
 
     def unavailable(self) -> str | None:
         """Why this backend cannot be used here, or None."""
@@ -53,17 +60,13 @@ class Choice(NamedTuple):
     reason: str
 
 
+# In the order of preference: the first that is available and supports the parameters is taken.
 BACKENDS: dict[str, Backend] = {"cpu": native, "eager": eager}
 NAMES = ("auto", *BACKENDS)
 
 
 def select(
-    requested: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    geometry: Geometry = Geometry.EUCLIDEAN,
-    *,
-    walkable: bool = True,
+    requested: str, device: torch.device, dtype: torch.dtype, *, walkable: bool = True
 ) -> Choice:
     """Choose the backend for parameters of one kind.
 
@@ -71,7 +74,6 @@ def select(
         requested: ``"auto"`` or the name of a backend.
         device: Where the parameters are.
         dtype: Their dtype.
-        geometry: The metric of the perturbation.
         walkable: Whether the parameters are non-empty blocks of memory that a kernel can walk;
             others are always stepped by ``eager``.
 
@@ -81,28 +83,34 @@ def select(
     """
     if requested not in NAMES:
         raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, NAMES))}")
-    if requested == "eager":
-        return Choice("eager", "asked for")
-    reason = native.unavailable()
-    unsupported = _unsupported_by_native(device, dtype, geometry)
-    if requested == "cpu":
-        if reason is not None:
-            raise RuntimeError(f"backend 'cpu' is not available: {reason}")
-        if unsupported is not None:
-            raise ValueError(f"backend 'cpu' {unsupported}; use backend='auto' or 'eager'")
+    if requested != "auto":
+        _require(requested, device, dtype)
+        if walkable or requested == "eager":
+            return Choice(requested, "asked for")
     if not walkable:
         return Choice("eager", "empty or not a dense block of memory")
-    if reason is None and unsupported is None:
-        return Choice("cpu", "asked for" if requested == "cpu" else "the fastest for this device")
-    return Choice("eager", f"cpu: {reason or unsupported}")
+    reasons = []
+    for name, backend in BACKENDS.items():
+        reason = backend.unavailable() or _unsupported(backend, device, dtype)
+        if reason is None:
+            return Choice(name, "; ".join(reasons) or "the fastest for this device")
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("eager supports everything")
 
 
-def _unsupported_by_native(
-    device: torch.device, dtype: torch.dtype, geometry: Geometry
-) -> str | None:
-    if device.type not in native.DEVICE_TYPES:
-        return f"supports parameters on {', '.join(native.DEVICE_TYPES)}, not on {device.type}"
-    if not native.supports(dtype, geometry):
-        names = ", ".join(str(d).removeprefix("torch.") for d in native.DTYPES)
+def _require(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    reason = BACKENDS[name].unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    reason = _unsupported(BACKENDS[name], device, dtype)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} {reason}; use backend='auto' or 'eager'")
+
+
+def _unsupported(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    if backend.DEVICE_TYPES and device.type not in backend.DEVICE_TYPES:
+        return f"supports parameters on {', '.join(backend.DEVICE_TYPES)}, not on {device.type}"
+    if backend.DTYPES and dtype not in backend.DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in backend.DTYPES)
         return f"supports {names} parameters, not {str(dtype).removeprefix('torch.')}"
     return None

@@ -14,6 +14,9 @@ from wsam_fused.base_rules import BaseRule
 from wsam_fused.plan import Geometry, GroupRow, Slot
 from wsam_fused.tensor_list import Settings, TensorList
 
+DEVICE_TYPES: tuple[str, ...] = ()
+DTYPES: tuple[torch.dtype, ...] = ()
+
 
 def unavailable() -> str | None:
     """Never: this backend needs nothing."""

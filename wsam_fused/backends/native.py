@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from wsam_fused import _extension
 from wsam_fused.base_rules import BaseRule
-from wsam_fused.plan import Geometry, PointerTable, TableRow
+from wsam_fused.plan import PointerTable, TableRow
 from wsam_fused.tensor_list import Settings, TensorList
 
 DEVICE_TYPES = ("cpu",)
@@ -117,8 +117,3 @@ def _table_of(tensors: TensorList) -> PointerTable:
         for row, states in zip(_STATE_ROWS, tensors.states, strict=False):
             table.set_tensors(row, states)
     return tensors.table
-
-
-def supports(dtype: torch.dtype, geometry: Geometry) -> bool:
-    """Whether there are kernels for this dtype and geometry."""
-    return dtype in DTYPES and geometry in (Geometry.EUCLIDEAN, Geometry.ADAPTIVE)

@@ -89,7 +89,7 @@ def select(
             return Choice(requested, "asked for")
     if not walkable:
         return Choice("eager", "empty or not a dense block of memory")
-    reasons = []
+    reasons: list[str] = []
     for name, backend in BACKENDS.items():
         reason = backend.unavailable() or _unsupported(backend, device, dtype)
         if reason is None:

@@ -14,8 +14,8 @@ from wsam_fused.base_rules import BaseRule
 from wsam_fused.plan import PointerTable, TableRow
 from wsam_fused.tensor_list import Settings, TensorList
 
-DEVICE_TYPES = ("cpu",)
-DTYPES = (torch.float32, torch.float64)
+DEVICE_TYPES: tuple[str, ...] = ("cpu",)
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
 # Elements per chunk: five streams of a chunk stay inside a second-level cache, and a thread's
 # share of a list is balanced to one of them.
 CHUNK_SIZE = 16384

@@ -104,7 +104,7 @@ struct RuleScalars {
   T beta2, rest1, rest2;    // rest = 1 - beta
   T step_size, root_scale;  // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
   T eps;
-  bool nesterov;
+  T nesterov;  // 0 or 1, of type T: a bool is not vectorised (checked in the assembly)
 };
 
 template <BaseRule rule, typename T>
@@ -116,7 +116,7 @@ WSAM_HOST_DEVICE RuleScalars<T> rule_scalars(const double* group, double t) {
   if constexpr (rule == kMomentum) {
     s.momentum = T(group[kBeta1]);
     s.damped = t > 1 ? T(1.0 - group[kBeta2]) : T(1);
-    s.nesterov = group[kNesterov] != 0;
+    s.nesterov = T(group[kNesterov]);
   }
   if constexpr (rule == kAdam || rule == kAmsgrad) {
     s.beta2 = T(group[kBeta2]);
@@ -142,7 +142,7 @@ WSAM_HOST_DEVICE T base_step(T w, T h, T* state, const RuleScalars<T>& s) {
     return fused_multiply_add(-s.lr, u, w);
   } else if constexpr (rule == kMomentum) {
     state[0] = fused_multiply_add(s.momentum, state[0], s.damped * u);
-    const T step = s.nesterov ? fused_multiply_add(s.momentum, state[0], u) : state[0];
+    const T step = s.nesterov != T(0) ? fused_multiply_add(s.momentum, state[0], u) : state[0];
     return fused_multiply_add(-s.lr, step, w);
   } else {
     state[0] = fused_multiply_add(s.rest1, u - state[0], state[0]);

@@ -19,7 +19,7 @@ TARGET_TORCH = "0x020b000000000000"  # 2.11
 
 def cpu_extension() -> Extension:
     """Describe the extension: the operations and their CPU kernels."""
-    sources = ["csrc/ops.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/python/module.cpp"]
     sources += sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
     extension: Extension = CppExtension(  # type: ignore[no-untyped-call]
         name="wsam_fused._C",
@@ -37,6 +37,7 @@ def cpu_extension() -> Extension:
                 "-fno-trapping-math",
                 f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
                 "-DTORCH_STABLE_ONLY",
+                "-DPy_LIMITED_API=0x030A0000",
             ]
         },
     )

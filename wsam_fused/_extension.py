@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +31,22 @@ def _load() -> str | None:
     return None
 
 
+def _load_reader() -> Callable[..., list[Any] | None] | None:
+    """Return the function that reads gradients, or None where it is not built."""
+    if UNAVAILABLE is not None:
+        return None
+    try:
+        module = importlib.import_module("wsam_fused._C")
+    except ImportError:  # built where Python's headers were missing
+        return None
+    reader: Callable[..., list[Any] | None] = module.read_gradients
+    return reader
+
+
 UNAVAILABLE: str | None = _load()
+
+# Reads gradients in one pass (csrc/python/module.cpp); without it gradients.py does the same.
+READ_GRADIENTS = _load_reader()
 
 
 def cpu_instruction_set() -> str:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-# Tensors per block. The Python objects of thousands of tensors do not fit a cache: all checks of
-# one block run before the next is looked at.
-_BLOCK = 64
+from wsam_fused import _extension
+
+_NAMES = ("grad", "dtype")
+_METHODS = (Tensor.data_ptr, Tensor.is_contiguous, Tensor._is_view)
 
 
 class Gradients(NamedTuple):
@@ -19,12 +20,12 @@ class Gradients(NamedTuple):
 
     Attributes:
         tensors: One per parameter, None where there is none.
-        addresses: Their addresses, 0 where there is none.
+        addresses: int64 ``[n]`` on the host, 0 where there is none; valid until the next read.
         moved: Whether a parameter has other storage than when the list was made.
     """
 
     tensors: list[Tensor | None]
-    addresses: list[int]
+    addresses: Tensor
     moved: bool
 
 
@@ -40,21 +41,18 @@ class GradientReader:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = list(params)
-        self._blocks = [self._params[i : i + _BLOCK] for i in range(0, len(params), _BLOCK)]
-        self._dtypes = {self._params[0].dtype}
+        self._dtype = self._params[0].dtype
+        self._addresses = torch.zeros(len(self._params), dtype=torch.int64)
         self.refresh()
 
     def refresh(self) -> None:
         """Note where the parameters are now."""
-        self._storage = [list(map(Tensor.data_ptr, block)) for block in self._blocks]
+        self._storage = torch.tensor(list(map(Tensor.data_ptr, self._params)))
         self._contiguous = all(map(Tensor.is_contiguous, self._params))
 
     def moved(self) -> bool:
         """Whether a parameter has other storage than before."""
-        return any(
-            list(map(Tensor.data_ptr, block)) != known
-            for block, known in zip(self._blocks, self._storage, strict=True)
-        )
+        return list(map(Tensor.data_ptr, self._params)) != self._storage.tolist()
 
     def read(self, *, keep: bool, private: bool) -> Gradients:
         """Read the gradients; the parameters are about to be written to.
@@ -69,38 +67,37 @@ class GradientReader:
 
         If it raises, ``.grad`` is as before.
         """
-        tensors: list[Tensor | None] = []
-        addresses: list[int] = []
-        moved = False
-        try:
-            for block, known in zip(self._blocks, self._storage, strict=True):
-                found = [param.grad for param in block]
-                moved = moved or list(map(Tensor.data_ptr, block)) != known
-                # Autograd must notice that what it saved of the parameters will be outdated.
-                increment_version(block)
-                usable = self._usable(block, found)
-                if private:
-                    usable = _private(found, usable, copy=keep)
-                tensors += usable
-                addresses += _addresses(usable)
-                if not keep:
-                    for param in block:
-                        param.grad = None
-        except BaseException:
-            self.give_back(tensors)
-            raise
-        return Gradients(tensors, addresses, moved)
+        # Autograd must notice that what it saved of the parameters will be outdated.
+        increment_version(self._params)
+        if not (keep and private):
+            usual = self._read_usual(take=not keep)
+            if usual is not None:
+                return Gradients(usual, self._addresses, moved=False)
+        found = [param.grad for param in self._params]
+        usable = [_walkable(p, g) for p, g in zip(self._params, found, strict=True)]
+        if private:
+            usable = _private(found, usable, copy=keep)
+        pointers = [0 if grad is None else grad.data_ptr() for grad in usable]
+        self._addresses.copy_(torch.tensor(pointers))
+        moved = self.moved()
+        if not keep:
+            for param in self._params:
+                param.grad = None
+        return Gradients(usable, self._addresses, moved)
 
-    def _usable(self, block: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
-        try:
-            # map() over C functions: this runs for every tensor in every step.
-            usual = self._contiguous and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
-            usual = usual and {g.dtype for g in grads} == self._dtypes  # type: ignore[union-attr]
-        except (TypeError, AttributeError, RuntimeError):  # None, or a compressed sparse layout
-            usual = False
-        if usual:
-            return grads
-        return [_walkable(param, grad) for param, grad in zip(block, grads, strict=True)]
+    def _read_usual(self, *, take: bool) -> list[Tensor | None] | None:
+        """Read what needs no copy, in one pass; None if anything is not as usual."""
+        if _extension.READ_GRADIENTS is None or not self._contiguous:
+            return None
+        return _extension.READ_GRADIENTS(
+            self._params,
+            self._dtype,
+            _NAMES,
+            _METHODS,
+            self._storage.data_ptr(),
+            self._addresses.data_ptr(),
+            take,
+        )
 
     def give_back(self, tensors: Sequence[Tensor | None]) -> None:
         """Put gradients that were taken out of ``.grad`` back."""
@@ -133,20 +130,7 @@ def _private(
     DistributedDataParallel with ``gradient_as_bucket_view=True`` makes gradients that are views of
     its buckets, which the next backward overwrites.
     """
-    if not copy:
-        try:
-            if not any(map(Tensor._is_view, usable)):  # type: ignore[arg-type]
-                return usable
-        except TypeError:  # None among them
-            pass
     return [
         g.clone() if g is not None and g is f and (copy or g._is_view()) else g
         for f, g in zip(found, usable, strict=True)
     ]
-
-
-def _addresses(tensors: list[Tensor | None]) -> list[int]:
-    try:
-        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-    except TypeError:  # None among them
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

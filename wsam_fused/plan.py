@@ -6,7 +6,6 @@ This file mirrors ``csrc/plan.h``; the extension reports its constants and
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -111,18 +110,17 @@ class PointerTable:
         self.chunks = torch.tensor(first_tensor, dtype=torch.int64)
         self.partials = torch.zeros(2 * len(first_tensor), dtype=torch.float64)
         self._rows = list(self.table.unbind())
-        self.set_row(TableRow.OFFSET, offsets)
-        self.set_row(TableRow.SIZE, sizes)
-        self.set_row(TableRow.GROUP, groups)
+        self.set_row(TableRow.OFFSET, torch.tensor(offsets))
+        self.set_row(TableRow.SIZE, torch.tensor(sizes))
+        self.set_row(TableRow.GROUP, torch.tensor(groups))
 
-    def set_row(self, row: TableRow, values: Sequence[int]) -> None:
-        """Write one row; ``values`` has an int64 per tensor."""
-        # Six times as fast as torch.tensor(values).
-        self._rows[row].copy_(torch.frombuffer(array("q", values), dtype=torch.int64))
+    def set_row(self, row: TableRow, values: Tensor) -> None:
+        """Write one row; ``values`` is int64 ``[n]``."""
+        self._rows[row].copy_(values)
 
     def set_tensors(self, row: TableRow, tensors: Sequence[Tensor]) -> None:
         """Write the addresses of ``tensors`` into one row."""
-        self.set_row(row, list(map(Tensor.data_ptr, tensors)))
+        self.set_row(row, torch.tensor(list(map(Tensor.data_ptr, tensors))))
 
     def clear_row(self, row: TableRow) -> None:
         """Say that no tensor has this operand."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from wsam_fused.backends import eager, native
 from wsam_fused.base_rules import BaseRule
@@ -29,7 +30,7 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend cannot be used here, or None."""
 
-    def bind(self, tensors: TensorList, evaluation: int, addresses: list[int]) -> None:
+    def bind(self, tensors: TensorList, evaluation: int, addresses: Tensor) -> None:
         """Take over the gradients of one evaluation, 0 for g1."""
 
     def refresh(self, tensors: TensorList) -> None:

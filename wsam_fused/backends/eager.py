@@ -23,7 +23,7 @@ def unavailable() -> str | None:
     return None
 
 
-def bind(tensors: TensorList, evaluation: int, addresses: list[int]) -> None:
+def bind(tensors: TensorList, evaluation: int, addresses: Tensor) -> None:
     """Nothing to prepare: the gradients are read from the list itself."""
 
 

@@ -29,7 +29,7 @@ def unavailable() -> str | None:
     return _extension.UNAVAILABLE
 
 
-def bind(tensors: TensorList, evaluation: int, addresses: list[int]) -> None:
+def bind(tensors: TensorList, evaluation: int, addresses: Tensor) -> None:
     """Take over the addresses of the gradients of one evaluation, 0 for g1."""
     table = _table_of(tensors)
     if evaluation == 0:

@@ -21,6 +21,7 @@ test: environment
 
 bench: environment
 	$(RUN) -m benchmarks.bench_step
+	$(RUN) -m benchmarks.bench_host
 
 lint: environment
 	$(RUN) -m ruff check .

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import wsam_fused
+from benchmarks import readme
 from wsam_fused import _extension, plan
 from wsam_fused.methods import METHODS
 
@@ -50,6 +51,11 @@ def test_command_line_prints_backends_and_reasons() -> None:
     )
     for expected in (wsam_fused.__version__, torch.__version__, "eager", "cpu", "bfloat16", "why"):
         assert expected in run.stdout
+
+
+def test_figures_in_the_readme_are_those_of_the_results() -> None:
+    text = (readme.ROOT / "README.md").read_text()
+    assert readme.filled(text, readme.blocks()) == text, "run python -m benchmarks.readme"
 
 
 @pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason=str(_extension.UNAVAILABLE))

@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 
 from benchmarks.common import RESULTS
 from wsam_fused import WSAM
+from wsam_fused.gradients import GradientReader
 
 TENSORS, ELEMENTS = 2000, 64
 
@@ -64,6 +65,7 @@ def measure(rounds: int) -> dict[str, float]:
     grads = [torch.randn(ELEMENTS) for _ in params]
     ours = WSAM(params, torch.optim.AdamW, lr=1e-3)
     plain = torch.optim.AdamW(twins, lr=1e-3, fused=True)
+    reader = GradientReader(params)
     spent = defaultdict(list)
 
     def timed(name: str, call: Callable[[], object]) -> None:
@@ -79,12 +81,16 @@ def measure(rounds: int) -> dict[str, float]:
         for name, call in questions(list(params), grads).items():
             set_grads(params)
             timed(name, call)
+        # Each of these comes after the plain step, which leaves the caches as a training step does.
+        set_grads(twins)
+        timed("plain", plain.step)
+        set_grads(params)
+        timed("read", lambda: reader.read(keep=False, private=True))
+        plain.step()
         set_grads(params)
         timed("first", lambda: ours.first_step(zero_grad=True))
         set_grads(params)
         timed("second", ours.second_step)
-        set_grads(twins)
-        timed("plain", plain.step)
     return {name: statistics.median(times[rounds // 4 :]) for name, times in spent.items()}
 
 
@@ -96,7 +102,8 @@ def report(found: dict[str, float]) -> str:
         "| asked of 2,000 tensors | times a step | share of a plain fused AdamW step |",
         "|---|---:|---:|",
         *(f"| `{n}` | {t} | {t * found[n] / plain:.1%} |" for n, t in QUESTIONS.items()),
-        f"| all questions, each a pass of its own | | {asked / plain:.1%} |",
+        f"| all questions, each a pass of its own, hot caches | | {asked / plain:.1%} |",
+        f"| all of one evaluation in our one pass | 2 | {2 * found['read'] / plain:.1%} |",
         f"| our whole step | | {(found['first'] + found['second']) / plain:.1%} |",
     ]
     return "\n".join(lines)

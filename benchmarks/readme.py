@@ -66,11 +66,11 @@ def _headline(rows: list[Row]) -> str:
 
     def span(contender: str) -> str:
         ratios = [float(cells[contender, shapes]["ratio_to_ours"]) for shapes in lists]
-        return f"{min(ratios):.1f} to {max(ratios):.1f}"
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
     plain = [float(cells["wsam_fused", shapes]["ratio_to_plain"]) for shapes in lists]
     return (
-        f"A WSAM step over AdamW takes {min(plain):.1f} to {max(plain):.1f} times as long as plain "
+        f"A WSAM step over AdamW takes {min(plain):.2f} to {max(plain):.2f} times as long as plain "
         f"`AdamW(fused=True)`; its authors' formulation takes {span('authors')} times as long as "
         f"ours, a hand-written `torch._foreach` version {span('foreach')} times "
         f"({', '.join(lists)}; {_machine(rows)})."

@@ -77,10 +77,12 @@ class StepEngine:
                     members[self._key_of(param, kind, backend)].append((param, index))
                 else:
                     self._left_out.append(param)
-        devices = {key.device for key in members} or {torch.device("cpu")}
+        devices = dict.fromkeys(key.device for key in members) or [torch.device("cpu")]
         self._shared = {device: SharedScalars(device) for device in devices}
         self.primary = next(iter(self._shared.values()))
         self.lists = [self._new_list(key, list_, step_counts) for key, list_ in members.items()]
+        self._state_size = len(state)
+        self.stale = False
 
     def _key_of(self, param: Tensor, kind: GroupKind, backend: str) -> ListKey:
         walkable = param.numel() > 0 and is_dense(param)
@@ -127,8 +129,11 @@ class StepEngine:
         Parameters whose memory was exchanged are noticed later, when the gradients are read.
         """
         return (
-            kinds != self.kinds
+            self.stale
+            or kinds != self.kinds
             or state is not self._state
+            # A foreign optimizer makes its own entries.
+            or (self._foreign is None and len(state) != self._state_size)
             or any(param.grad is not None for param in self._left_out)
         )
 
@@ -197,10 +202,10 @@ class StepEngine:
         for tensors, backend in self._with_backends():
             gradients = tensors.reader.read(keep=True, private=False)
             if gradients.moved:
-                self._follow_storage(tensors)
+                self._follow_storage(tensors, same_layout=True)
             tensors.grads[1] = gradients.tensors
             backend.bind(tensors, 1, gradients.addresses)
-        self.set_rows(rows)
+        self.set_rows(_with_the_perturbation_of(self.primary.rows, rows))
         if self._settings.check_second:
             self._reduce(1)
         first = True
@@ -228,16 +233,20 @@ class StepEngine:
         self.set_rows([row._replace(**plain) for row in rows])
         unclipped = self._settings._replace(max_norm=-1.0)
         for tensors, backend in self._with_backends():
+            if tensors.reader.moved():  # some optimizers rebind `.data`
+                self._follow_storage(tensors, same_layout=True)
             backend.update(tensors, unclipped, BaseRule.SGD, evaluations, count_skipped=False)
 
     def abandon(self) -> None:
         """Put the weights back if they are perturbed, and forget the step."""
-        if self.pending:
-            for tensors, backend in self._with_backends():
-                if tensors.reader.moved():
-                    self._follow_storage(tensors)
-                backend.perturb(tensors, self._settings, undo=True)
-        self._finish()
+        try:
+            if self.pending:
+                for tensors, backend in self._with_backends():
+                    if tensors.reader.moved():
+                        self._follow_storage(tensors, same_layout=False)
+                    backend.perturb(tensors, self._settings, undo=True)
+        finally:
+            self._finish()
 
     def _finish(self) -> None:
         self.pending = False
@@ -254,17 +263,38 @@ class StepEngine:
             for shared in self._shared.values():
                 shared.scalars[used].copy_(total)  # type: ignore[arg-type]
 
-    def _follow_storage(self, tensors: TensorList) -> None:
-        """Go on with parameters whose memory was exchanged since they were perturbed."""
-        for param in tensors.params:
-            if (param.device, param.dtype) != (tensors.key.device, tensors.key.dtype):
+    def _follow_storage(self, tensors: TensorList, *, same_layout: bool) -> None:
+        """Go on with parameters whose memory was exchanged since they were perturbed.
+
+        Args:
+            tensors: The list they are in.
+            same_layout: Refuse other strides, which the states would not fit; else bring what a
+                restore reads into the new layout.
+
+        Raises:
+            RuntimeError: A parameter cannot be followed.
+        """
+        layouts = zip(tensors.params, tensors.reader.noted_layouts, strict=True)
+        for param, (shape, stride) in layouts:
+            kept = (param.device, param.dtype, param.shape) == (*tensors.key[:2], shape)
+            if not kept or not is_dense(param) or (same_layout and param.stride() != stride):
+                self.stale = True
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)} became {param.dtype} on "
-                    f"{param.device} while it was perturbed as {tensors.key.dtype} on "
+                    f"a parameter became {param.dtype} of shape {tuple(param.shape)} and strides "
+                    f"{param.stride()} on {param.device} while it was perturbed as "
+                    f"{tensors.key.dtype} of shape {tuple(shape)} and strides {stride} on "
                     f"{tensors.key.device}; change parameters between steps"
                 )
+        backend = BACKENDS[tensors.key.backend]
+        if tensors.reader.layouts() != tensors.reader.noted_layouts:
+            self.stale = True
+            pairs = list(zip(tensors.params, tensors.grads[0], strict=True))
+            tensors.grads[0] = [g if g is None else state_tensor(p, g, "g1") for p, g in pairs]
+            if tensors.backups:
+                copies = zip(tensors.params, tensors.backups, strict=True)
+                tensors.backups = [state_tensor(p, copy, "backup") for p, copy in copies]
         tensors.reader.refresh()
-        BACKENDS[tensors.key.backend].refresh(tensors)
+        backend.refresh(tensors)
 
     def _with_backends(self) -> Iterator[tuple[TensorList, Backend]]:
         for tensors in self.lists:
@@ -283,3 +313,14 @@ def _updates_so_far(rule: BaseRule, entry: Mapping[str, Any], known: float | Non
 def _give_back(taken: Sequence[tuple[TensorList, Gradients]]) -> None:
     for tensors, gradients in taken:
         tensors.reader.give_back(gradients.tensors)
+
+
+def _with_the_perturbation_of(before: list[GroupRow], rows: list[GroupRow]) -> list[GroupRow]:
+    """Return ``rows`` with the radius that the weights were perturbed with: the restore needs it.
+
+    Raises:
+        RuntimeError: ``maximize`` was changed meanwhile.
+    """
+    if [row.sign for row in rows] != [row.sign for row in before]:
+        raise RuntimeError("maximize was changed while the weights are perturbed")
+    return [row._replace(rho=old.rho) for row, old in zip(rows, before, strict=True)]

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from wsam_fused import _extension
 
 _NAMES = ("grad", "dtype")
-_METHODS = (Tensor.data_ptr, Tensor.is_contiguous, Tensor._is_view)
+_METHODS = (Tensor.data_ptr, Tensor.is_contiguous, Tensor._is_view, Tensor.numel)
 
 
 class Gradients(NamedTuple):
@@ -21,7 +21,7 @@ class Gradients(NamedTuple):
     Attributes:
         tensors: One per parameter, None where there is none.
         addresses: int64 ``[n]`` on the host, 0 where there is none; valid until the next read.
-        moved: Whether a parameter has other storage than when the list was made.
+        moved: Whether a parameter has other storage or another layout than when the list was made.
     """
 
     tensors: list[Tensor | None]
@@ -48,11 +48,18 @@ class GradientReader:
     def refresh(self) -> None:
         """Note where the parameters are now."""
         self._storage = torch.tensor(list(map(Tensor.data_ptr, self._params)))
+        self._sizes = torch.tensor(list(map(Tensor.numel, self._params)))
+        self.noted_layouts = self.layouts()
         self._contiguous = all(map(Tensor.is_contiguous, self._params))
 
+    def layouts(self) -> list[tuple[torch.Size, tuple[int, ...]]]:
+        """Shape and strides of every parameter as they are now."""
+        return [(param.shape, param.stride()) for param in self._params]
+
     def moved(self) -> bool:
-        """Whether a parameter has other storage than before."""
-        return list(map(Tensor.data_ptr, self._params)) != self._storage.tolist()
+        """Whether a parameter has other storage, shape or strides than before."""
+        addresses = list(map(Tensor.data_ptr, self._params))
+        return addresses != self._storage.tolist() or self.layouts() != self.noted_layouts
 
     def read(self, *, keep: bool, private: bool) -> Gradients:
         """Read the gradients; the parameters are about to be written to.
@@ -95,6 +102,7 @@ class GradientReader:
             _NAMES,
             _METHODS,
             self._storage.data_ptr(),
+            self._sizes.data_ptr(),
             self._addresses.data_ptr(),
             take,
         )

@@ -26,7 +26,7 @@ Closure = Callable[[], Any]
 # What __getstate__ of torch.optim.Optimizer leaves out, and a copy of this optimizer needs.
 _OWN_ATTRIBUTES = (
     "_rule_class",
-    "_foreign",
+    "_base",
     "_keys",
     "_settings",
     "_restore",
@@ -85,6 +85,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self._keys = {key: f"sam_{key}" if key in base.defaults else key for key in own}
         self._engine: StepEngine | None = None
         self._checked_rows: list[GroupRow] = []
+        self._carried_counts: dict[Tensor, float] = {}
         self.last = LastStep()
         defaults = {**base.defaults, **{self._keys[key]: value for key, value in own.items()}}
         super().__init__(base.param_groups, defaults)
@@ -95,7 +96,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self.state = base.state
         base.param_groups[:] = self.param_groups
         self.param_groups = base.param_groups
-        self._foreign = base if self._rule_class is None else None
+        self._base = base
 
     def row(self, group: dict[str, Any]) -> Row:
         """Return the coefficients of the method for one parameter group."""
@@ -127,7 +128,8 @@ class SharpnessAwareOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._engine = None
+        if self._engine is not None:
+            self._engine.stale = True
 
     def _check_values(self, group: dict[str, Any]) -> None:
         self._check_own({key: self.own(group, key) for key in self._keys})
@@ -190,6 +192,7 @@ class SharpnessAwareOptimizer(Optimizer):
             engine.abandon()
             raise
         self.last.sums = engine.primary.scalars
+        self.last.set_losses(None, None)
         self._opt_called = True  # lr_scheduler looks for it
         if zero_grad:
             self.zero_grad()
@@ -297,16 +300,19 @@ class SharpnessAwareOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("pickling or copying the optimizer")
         own = {name: getattr(self, name) for name in _OWN_ATTRIBUTES}
+        if self._engine is not None:
+            own["_carried_counts"] = self._engine.step_counts()
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._carried_counts = {}  # load_state_dict() brings a state that says it all
         super().__setstate__(state)
         self._engine = None
         self._checked_rows = []
         self.last = LastStep()
-        if self._foreign is not None:  # load_state_dict() made new groups and a new state
-            self._foreign.param_groups = self.param_groups
-            self._foreign.state = self.state
+        if self._base is not None:  # load_state_dict() made new groups and a new state
+            self._base.param_groups = self.param_groups
+            self._base.state = self.state
 
     # ---- private -----------------------------------------------------------------------------
 
@@ -320,6 +326,8 @@ class SharpnessAwareOptimizer(Optimizer):
     def _current_engine(self) -> StepEngine:
         """Return the engine for the groups as they are now."""
         engine = self._engine
+        if engine is not None and engine.pending:  # the tables of a step in progress stay
+            return engine
         if engine is None or engine.outdated(self._kinds(), self.state):
             return self._new_engine()
         engine.set_rows(self._rows())
@@ -334,8 +342,8 @@ class SharpnessAwareOptimizer(Optimizer):
             self._settings,
             backend=self._backend,
             reuse_first_gradient=not self.uses_first_gradient,
-            foreign=self._foreign,
-            step_counts={} if old is None else old.step_counts(),
+            foreign=self._base if self._rule_class is None else None,
+            step_counts=self._carried_counts if old is None else old.step_counts(),
         )
         if old is not None:
             engine.primary.scalars.copy_(old.primary.scalars)

@@ -1,7 +1,7 @@
 """Pointer and chunk tables: how the native kernels see a list of tensors.
 
-This file mirrors ``csrc/plan.h``; the extension reports its constants and
-:mod:`wsam_fused._extension` refuses one that disagrees.
+This file mirrors ``csrc/plan.h``, order included. The extension reports the sizes of its tables;
+:mod:`wsam_fused._extension` refuses one with others.
 """
 
 from __future__ import annotations

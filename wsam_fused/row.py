@@ -27,8 +27,3 @@ class Row:
     evaluations: int
     h: Coefficients
     d: Coefficients = (0.0, 0.0, 0.0)
-
-    @property
-    def is_decoupled(self) -> bool:
-        """Whether there is a term besides the base optimizer's."""
-        return any(self.d)

@@ -13,11 +13,12 @@ namespace {
 
 struct Request {
   PyObject *params, *dtype;
-  PyObject *grad_name, *dtype_name;              // attribute names
-  PyObject *data_ptr, *is_contiguous, *is_view;  // methods of torch.Tensor
-  const int64_t* known;                          // addresses of the parameters
-  int64_t* addresses;                            // out: addresses of the gradients
-  bool take;                                     // leave None in .grad
+  PyObject *grad_name, *dtype_name;                      // attribute names
+  PyObject *data_ptr, *is_contiguous, *is_view, *numel;  // methods of torch.Tensor
+  const int64_t* known;                                  // addresses of the parameters
+  const int64_t* sizes;                                  // elements of the parameters
+  int64_t* addresses;                                    // out: addresses of the gradients
+  bool take;                                             // leave None in .grad
 };
 
 // Calls a method without arguments and compares its result with a singleton.
@@ -27,12 +28,13 @@ bool returns(PyObject* method, PyObject* tensor, PyObject* expected) {
   return result == expected;
 }
 
-bool address_of(const Request& request, PyObject* tensor, int64_t* address) {
-  PyObject* const result = PyObject_CallFunctionObjArgs(request.data_ptr, tensor, nullptr);
+// Calls a method without arguments that returns an integer.
+bool integer_of(PyObject* method, PyObject* tensor, int64_t* value) {
+  PyObject* const result = PyObject_CallFunctionObjArgs(method, tensor, nullptr);
   if (!result) return false;
-  *address = PyLong_AsLongLong(result);
+  *value = PyLong_AsLongLong(result);
   Py_DECREF(result);
-  return !(*address == -1 && PyErr_Occurred());
+  return !(*value == -1 && PyErr_Occurred());
 }
 
 bool has_dtype(const Request& request, PyObject* tensor) {
@@ -46,12 +48,14 @@ PyObject* usual_gradient(const Request& request, Py_ssize_t index) {
   PyObject* const param = PyList_GetItem(request.params, index);
   PyObject* const grad = param ? PyObject_GetAttr(param, request.grad_name) : nullptr;
   if (!grad) return nullptr;
-  int64_t param_address = 0;
+  int64_t param_address = 0, size = 0;
   const bool usual = grad != Py_None && has_dtype(request, grad) &&
                      returns(request.is_contiguous, grad, Py_True) &&
                      (!request.take || returns(request.is_view, grad, Py_False)) &&
-                     address_of(request, grad, &request.addresses[index]) &&
-                     address_of(request, param, &param_address) &&
+                     integer_of(request.numel, grad, &size) && size == request.sizes[index] &&
+                     integer_of(request.data_ptr, grad, &request.addresses[index]) &&
+                     returns(request.is_contiguous, param, Py_True) &&
+                     integer_of(request.data_ptr, param, &param_address) &&
                      param_address == request.known[index] &&
                      (!request.take || PyObject_SetAttr(param, request.grad_name, Py_None) == 0);
   if (usual) return grad;
@@ -69,14 +73,16 @@ void give_back(const Request& request, PyObject* grads, Py_ssize_t count) {
 
 PyObject* read_gradients(PyObject*, PyObject* args) {
   Request request{};
-  unsigned long long known = 0, addresses = 0;
+  unsigned long long known = 0, sizes = 0, addresses = 0;
   int take = 0;
-  if (!PyArg_ParseTuple(args, "OO(OO)(OOO)KKp", &request.params, &request.dtype, &request.grad_name,
-                        &request.dtype_name, &request.data_ptr, &request.is_contiguous,
-                        &request.is_view, &known, &addresses, &take)) {
+  if (!PyArg_ParseTuple(args, "OO(OO)(OOOO)KKKp", &request.params, &request.dtype,
+                        &request.grad_name, &request.dtype_name, &request.data_ptr,
+                        &request.is_contiguous, &request.is_view, &request.numel, &known, &sizes,
+                        &addresses, &take)) {
     return nullptr;
   }
   request.known = reinterpret_cast<const int64_t*>(known);
+  request.sizes = reinterpret_cast<const int64_t*>(sizes);
   request.addresses = reinterpret_cast<int64_t*>(addresses);
   request.take = take != 0;
   const Py_ssize_t count = PyList_Size(request.params);

@@ -105,8 +105,13 @@ def update(
 
 
 def refresh(tensors: TensorList) -> None:
-    """Take over the addresses of the parameters again."""
-    _table_of(tensors).set_tensors(TableRow.PARAM, tensors.params)
+    """Take over the addresses of the parameters and of what a restore reads again."""
+    table = _table_of(tensors)
+    table.set_tensors(TableRow.PARAM, tensors.params)
+    pointers = [0 if grad is None else grad.data_ptr() for grad in tensors.grads[0]]
+    table.set_row(TableRow.GRAD1, torch.tensor(pointers))
+    if tensors.backups:
+        table.set_tensors(TableRow.BACKUP, tensors.backups)
 
 
 def _table_of(tensors: TensorList) -> PointerTable:

@@ -175,3 +175,27 @@ def test_losses_are_those_of_the_last_step(backend: str) -> None:
     step(optimizer, params, 1)
     assert optimizer.last.loss is None
     assert optimizer.last.sharpness is None
+
+
+@pytest.mark.parametrize("layout", ["unaligned", "strided"])
+def test_steps_are_the_same_without_the_compiled_reader(
+    layout: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Python's headers were missing, the gradients are read in Python."""
+    results = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr("wsam_fused._extension.READ_GRADIENTS", None)
+        torch.manual_seed(0)
+        params = parameters(layout, torch.float64)
+        optimizer = WSAM(params, AdamW, lr=0.1, restore="backup", backend=backend)
+        for number in range(2):
+            step(optimizer, params, number)
+        with pytest.raises(RuntimeError, match="none of the 4 parameters has a gradient"):
+            optimizer.first_step()
+        set_gradients(params[1:], 9)
+        optimizer.first_step(zero_grad=True)
+        assert all(p.grad is None for p in params)
+        optimizer.restore()
+        results.append(torch.cat([p.detach().reshape(-1) for p in params]))
+    assert torch.equal(*results)

@@ -268,7 +268,7 @@ class SharpnessAwareOptimizer(Optimizer):
         """
         self._require_idle("state_dict()")
         packed = super().state_dict()
-        counts = {} if self._engine is None else self._engine.step_counts()
+        counts = self._carried_counts if self._engine is None else self._engine.step_counts()
         params = [param for group in self.param_groups for param in group["params"]]
         for position, param in enumerate(params):
             entry = packed["state"].get(position, {})

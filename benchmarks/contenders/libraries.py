@@ -13,7 +13,25 @@ from benchmarks.contenders.contender import GAMMA, RHO, Base, Contender
 from wsam_fused import WSAM
 
 
-class Ours(Contender):
+class TwoCalls(Contender):
+    """An optimizer with the two calls of the field, which a subclass puts into ``wsam``."""
+
+    wsam: Any
+
+    def first(self) -> None:
+        """Go to the ascent point and take the gradients out of ``.grad``."""
+        self.wsam.first_step(zero_grad=True)
+
+    def second(self) -> None:
+        """Come back and update."""
+        self.wsam.second_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint would hold."""
+        return self.wsam.state_dict()
+
+
+class Ours(TwoCalls):
     """wsam_fused with its default settings."""
 
     name = "wsam_fused"
@@ -27,18 +45,6 @@ class Ours(Contender):
         """Elements read and written per parameter and step."""
         # reduce 1, perturb 3; update is the fused base's pass and g2 (w is recomputed from g1).
         return 5 + base.fused_moved
-
-    def first(self) -> None:
-        """Go to the ascent point and take the gradients out of ``.grad``."""
-        self.wsam.first_step(zero_grad=True)
-
-    def second(self) -> None:
-        """Come back and update."""
-        self.wsam.second_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint would hold."""
-        return self.wsam.state_dict()
 
 
 class Plain(Contender):
@@ -65,7 +71,7 @@ class Plain(Contender):
         """Nothing is left to do."""
 
 
-class PytorchOptimizer(Contender):
+class PytorchOptimizer(TwoCalls):
     """WSAM of the package pytorch-optimizer, default settings."""
 
     name = "pytorch-optimizer"
@@ -98,18 +104,6 @@ class PytorchOptimizer(Contender):
         # norm 1, 1 * g 2, times scale 2, p.add_ 3, clone 2; p.sub_ 3, clone 2, minus g1 3,
         # grad.copy_ 2, the base, p.add_ 3.
         return 23 + base.loop_moved
-
-    def first(self) -> None:
-        """Go to the ascent point and take the gradients out of ``.grad``."""
-        self.wsam.first_step(zero_grad=True)
-
-    def second(self) -> None:
-        """Come back and update."""
-        self.wsam.second_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint would hold."""
-        return self.wsam.state_dict()
 
 
 class PytorchOptimizerForeach(PytorchOptimizer):

@@ -1,6 +1,6 @@
 # make demo    train on real data with SGDM, SAM and WSAM, and check fused against eager
 # make test    run the tests
-# make bench   measure against the other implementations
+# make bench   measure against the other implementations (on a GPU: benchmarks/gpu_report.sh)
 # make lint    check formatting, style and types        make format  apply the formatting
 #
 # Every target sets up what it needs and may be run again. A torch that the active environment
@@ -9,7 +9,7 @@
 PYTHON ?= python3
 STAMP := build/environment
 RUN := . $(STAMP) && "$$ENVIRONMENT_PYTHON"
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format environment clean
 
@@ -38,4 +38,4 @@ environment:
 	@PYTHON="$(PYTHON)" .ci/environment $(STAMP)
 
 clean:
-	rm -rf build .venv wsam_fused/_C*.so *.egg-info
+	rm -rf build .venv wsam_fused/_*.so *.egg-info

@@ -1,20 +1,32 @@
 """Builds the native extension; everything else about the package is in pyproject.toml.
 
 The extension uses only torch's Stable ABI: one build serves every CPython from 3.10 and every
-torch from 2.11 on.
+torch from 2.11 on. The CUDA kernels are a library of their own, so that the CPU kernels load
+where there is no CUDA; they are built wherever there is a compiler for them, with or without a GPU.
 
 Environment:
-    WSAM_FUSED_NO_EXTENSION=1   install without it; the eager backend remains.
+    WSAM_FUSED_NO_EXTENSION=1   install without it; the eager and triton backends remain.
+    WSAM_FUSED_CUDA=0           leave the CUDA kernels out; 1: fail if nvcc is missing.
+    WSAM_FUSED_CUDA_ARCHS=9.0   instead of all of 8.0, 9.0, 10.0, 12.0 that nvcc knows; a list.
+    CUDA_HOME                   where to look for nvcc, besides PATH and /usr/local/cuda.
+    MAX_JOBS                    compilers that run at once.
 """
 
 import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
 ROOT = Path(__file__).parent
 TARGET_TORCH = "0x020b000000000000"  # 2.11
+STABLE_ABI = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DTORCH_STABLE_ONLY"]
+CUDA_LIBRARY = "wsam_fused._cuda"
+ARCHITECTURES = ("80", "90", "100", "120")
 
 
 def cpu_extension() -> Extension:
@@ -35,8 +47,7 @@ def cpu_extension() -> Extension:
                 "-ffp-contract=off",
                 "-fno-math-errno",
                 "-fno-trapping-math",
-                f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
-                "-DTORCH_STABLE_ONLY",
+                *STABLE_ABI,
                 "-DPy_LIMITED_API=0x030A0000",
             ]
         },
@@ -44,10 +55,127 @@ def cpu_extension() -> Extension:
     return extension
 
 
+def cuda_extension() -> Extension:
+    """Name what the library of the CUDA kernels is made of; :class:`Build` compiles it."""
+    sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+    headers = [p for ending in ("*.h", "*.cuh") for p in Path("csrc").rglob(ending)]
+    return Extension(CUDA_LIBRARY, sources, depends=sorted(map(str, headers)), py_limited_api=True)
+
+
+def find_nvcc() -> str | None:
+    """Return the path of nvcc, or None where there is none or it is not wanted."""
+    wanted = os.environ.get("WSAM_FUSED_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise ValueError(f"WSAM_FUSED_CUDA is {wanted!r}, expected auto, 0 or 1")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        raise FileNotFoundError(f"WSAM_FUSED_CUDA is 1, but nvcc is not in {home}/bin or PATH")
+    return nvcc
+
+
+def architecture_flags(nvcc: str) -> list[str]:
+    """Return machine code for every architecture, and code that newer ones compile themselves."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = set(re.findall(r"compute_(\d+)\b", listed.stdout))
+    asked = os.environ.get("WSAM_FUSED_CUDA_ARCHS")
+    chosen = [arch for arch in ARCHITECTURES if arch in known]
+    if asked:
+        chosen = [arch.replace(".", "") for arch in re.split(r"[\s,;]+", asked.strip())]
+    if not chosen or not known.issuperset(chosen):
+        raise ValueError(
+            f"WSAM_FUSED_CUDA_ARCHS is {asked!r}, expected some of {', '.join(sorted(known))}, "
+            f"which are what {nvcc} knows"
+        )
+    # Others compile the code of the next older one: 11.0, say, that of 8.0.
+    portable = {min(chosen, key=int), max(chosen, key=int)}
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen] + [
+        f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(portable)
+    ]
+
+
+CUDA_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    # As for the CPU: fused only where csrc/math.h says so.
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-DUSE_CUDA",
+    *STABLE_ABI,
+]
+
+
+class Build(BuildExtension):
+    """Compiles C++ as torch does, and CUDA by calling nvcc.
+
+    torch's own way for CUDA needs a torch with CUDA; nvcc and torch's headers are enough.
+    """
+
+    extensions: list[Extension]
+
+    def build_extensions(self) -> None:
+        """Build all extensions; the CUDA kernels only if a source or a flag has changed."""
+        every = self.extensions
+        self.extensions = [one for one in every if one.name != CUDA_LIBRARY]
+        super().build_extensions()
+        self.extensions = every
+        for extension in every:
+            if extension.name == CUDA_LIBRARY:
+                self._build_cuda(extension)
+                return
+        # What an earlier build left would be loaded beside other operations than its own.
+        for stale in ROOT.glob("wsam_fused/_cuda*.so"):
+            stale.unlink()
+
+    def _build_cuda(self, extension: Extension) -> None:
+        nvcc = find_nvcc()
+        assert nvcc is not None  # else there is no such extension
+        target = Path(self.get_ext_fullpath(extension.name))
+        folder = Path(self.build_temp) / "cuda"
+        flags = [*CUDA_FLAGS, *architecture_flags(nvcc)]
+        stamp = folder / "flags"
+        sources = [*extension.sources, *extension.depends, str(ROOT / "setup.py")]
+        if target.exists() and stamp.exists() and stamp.read_text() == " ".join(flags):
+            newest = max(map(os.path.getmtime, sources))
+            if target.stat().st_mtime > newest:
+                return
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{path}" for path in include_paths()]
+        objects = [str(folder / f"{Path(source).stem}.o") for source in extension.sources]
+
+        def compile_one(source: str, made: str) -> None:
+            self._run([nvcc, *flags, *includes, "-c", source, "-o", made])
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            list(pool.map(compile_one, extension.sources, objects))
+        # CUDA's runtime is linked in: torch may bring another version. libtorch itself needs
+        # whatever torch was built with, so that its CUDA functions are found at run time although
+        # the torch of this build may not have them.
+        libraries = [f"-L{path}" for path in library_paths()]
+        libraries += ["-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        self._run([nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(target)])
+        stamp.write_text(" ".join(flags))
+
+    def _run(self, command: list[str]) -> None:
+        self.announce(" ".join(command), level=2)
+        if subprocess.run(command).returncode != 0:
+            raise RuntimeError(
+                f"{command[0]} could not compile the CUDA kernels, see above; set "
+                "WSAM_FUSED_CUDA=0 to install without them, or CUDA_HOME to use another toolkit"
+            )
+
+
 os.chdir(ROOT)
-wanted = os.environ.get("WSAM_FUSED_NO_EXTENSION", "0") != "1"
+extensions = []
+if os.environ.get("WSAM_FUSED_NO_EXTENSION", "0") != "1":
+    extensions.append(cpu_extension())
+    if find_nvcc() is not None:
+        extensions.append(cuda_extension())
 setup(
-    ext_modules=[cpu_extension()] if wanted else [],
-    cmdclass={"build_ext": BuildExtension},
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -6,12 +6,20 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
+#include <vector>
+
 #include "plan.h"
 
 namespace wsam_fused {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The constants of plan.h in the order that wsam_fused/plan.py checks them against its own.
+inline std::vector<int64_t> layout() {
+  return {kTableRows, kGroupColumns, kScalarSlots, kFlags, kAlignment};
+}
 
 inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size) {
   STD_TORCH_CHECK(tensor.defined(), name, " is undefined");
@@ -46,6 +54,31 @@ inline const double* checked_groups(const Tensor& groups) {
 inline double* checked_doubles(Tensor& tensor, const char* name, int64_t size) {
   check_tensor(tensor, name, ScalarType::Double, size);
   return static_cast<double*>(tensor.mutable_data_ptr());
+}
+
+// The kernels of a device read all of these through its own addresses.
+inline void check_one_device(const Tensor& table, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others) {
+    STD_TORCH_CHECK(other->get_device_index() == table.get_device_index(),
+                    "an argument is on device ", other->get_device_index(), ", expected device ",
+                    table.get_device_index(), ", where table is");
+  }
+}
+
+inline void check_gradient(int64_t gradient) {
+  STD_TORCH_CHECK(gradient == kGrad1 || gradient == kGrad2, "gradient is ", gradient,
+                  ", expected the row of a gradient in the table");
+}
+
+inline void check_geometry(int64_t geometry, bool has_backup) {
+  STD_TORCH_CHECK(geometry == kEuclidean || has_backup,
+                  "geometry is adaptive, which needs has_backup=True");
+}
+
+inline void check_evaluations(int64_t evaluations, int64_t base_rule) {
+  STD_TORCH_CHECK(evaluations >= (base_rule == kNone ? 2 : 1) && evaluations <= 3,
+                  "evaluations is ", evaluations,
+                  ", expected 1 to 3, and 2 or 3 for the rule none");
 }
 
 }  // namespace wsam_fused

@@ -2,16 +2,24 @@
 // kernels. The eager reference (wsam_fused/backends/eager.py) states the same formulas.
 //
 // Products that are added are written as fma: the compiler may not contract anything by itself
-// (-ffp-contract=off), so every instruction set and every head or tail of a vector loop rounds
-// alike, and the restore undoes the perturbation with the same operation.
+// (-ffp-contract=off, -fmad=false), so every instruction set and every head or tail of a vector
+// loop rounds alike, and the restore undoes the perturbation with the same operation.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "plan.h"
 
 namespace wsam_fused {
 
+#if defined(__CUDA_ARCH__)
+WSAM_HOST_DEVICE float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+WSAM_HOST_DEVICE double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
+WSAM_HOST_DEVICE float square_root(float x) { return ::sqrtf(x); }
+WSAM_HOST_DEVICE double square_root(double x) { return ::sqrt(x); }
+WSAM_HOST_DEVICE bool is_finite(double x) { return ::isfinite(x); }
+#else
 WSAM_HOST_DEVICE float fused_multiply_add(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 }
@@ -20,6 +28,8 @@ WSAM_HOST_DEVICE double fused_multiply_add(double a, double b, double c) {
 }
 WSAM_HOST_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
 WSAM_HOST_DEVICE double square_root(double x) { return __builtin_sqrt(x); }
+WSAM_HOST_DEVICE bool is_finite(double x) { return std::isfinite(x); }
+#endif
 template <typename T>
 WSAM_HOST_DEVICE T larger(T a, T b) {
   return a > b || a != a ? a : b;  // a NaN stays, as in torch.maximum
@@ -37,10 +47,11 @@ WSAM_HOST_DEVICE T metric(T w) {
 // rho / (norm + eps), and 0 where the norm is 0: there is no direction to go. A scale beyond the
 // range of T (a vanishing norm with eps = 0) is held at its largest finite value.
 template <typename T>
-WSAM_HOST_DEVICE T ascent_scale(double metric_sq, const double* group, double eps, T largest) {
+WSAM_HOST_DEVICE T ascent_scale(double metric_sq, const double* group) {
+  const double largest = sizeof(T) == sizeof(float) ? double(FLT_MAX) : DBL_MAX;
   const double norm = square_root(metric_sq);
-  const double scale = norm > 0 ? group[kRho] / (norm + eps) : 0.0;
-  return T(group[kSign] * (scale < double(largest) ? scale : double(largest)));
+  const double scale = norm > 0 ? group[kRho] / (norm + group[kAscentEps]) : 0.0;
+  return T(group[kSign] * (scale < largest ? scale : largest));
 }
 
 template <Geometry geometry, typename T>
@@ -70,8 +81,8 @@ struct Coefficients {
 };
 
 template <typename T>
-WSAM_HOST_DEVICE Coefficients<T> coefficients(const double* group, const double* scalars,
-                                              double max_norm) {
+WSAM_HOST_DEVICE Coefficients<T> coefficients(const double* group, const double* scalars) {
+  const double max_norm = group[kMaxNorm];
   const double clip[3] = {clip_factor(scalars[kGrad1Sq], max_norm),
                           clip_factor(scalars[kGrad2Sq], max_norm), 1.0};
   Coefficients<T> c{};
@@ -81,6 +92,12 @@ WSAM_HOST_DEVICE Coefficients<T> coefficients(const double* group, const double*
     c.d[k] = T(group[kD1 + k] * factor);
   }
   return c;
+}
+
+// A step whose norms are not all finite updates nothing.
+WSAM_HOST_DEVICE bool all_finite(const double* scalars, bool check_second) {
+  return is_finite(scalars[kMetricSq]) && is_finite(scalars[kGrad1Sq]) &&
+         (!check_second || is_finite(scalars[kGrad2Sq]));
 }
 
 // A coefficient of 0 takes the gradient out: 0 * inf must not poison the sum.
@@ -107,6 +124,16 @@ struct RuleScalars {
   T nesterov;  // 0 or 1, of type T: a bool is not vectorised (checked in the assembly)
 };
 
+// x^t for a whole t >= 0, by squaring: the same bits on every device, which pow() does not promise.
+WSAM_HOST_DEVICE double power(double x, double t) {
+  double result = 1.0;
+  for (uint32_t rest = uint32_t(t); rest > 0; rest /= 2) {
+    if (rest % 2) result *= x;
+    x *= x;
+  }
+  return result;
+}
+
 template <BaseRule rule, typename T>
 WSAM_HOST_DEVICE RuleScalars<T> rule_scalars(const double* group, double t) {
   RuleScalars<T> s{};
@@ -122,8 +149,8 @@ WSAM_HOST_DEVICE RuleScalars<T> rule_scalars(const double* group, double t) {
     s.beta2 = T(group[kBeta2]);
     s.rest1 = T(1.0 - group[kBeta1]);
     s.rest2 = T(1.0 - group[kBeta2]);
-    s.step_size = T(group[kLr] / (1.0 - std::pow(group[kBeta1], t)));
-    s.root_scale = T(1.0 / square_root(1.0 - std::pow(group[kBeta2], t)));
+    s.step_size = T(group[kLr] / (1.0 - power(group[kBeta1], t)));
+    s.root_scale = T(1.0 / square_root(1.0 - power(group[kBeta2], t)));
     s.eps = T(group[kRuleEps]);
   }
   return s;

@@ -1,24 +1,15 @@
-// The operations of the library wsam_fused, all of them, with their contracts.
-//
-// They read a plan (plan.h): addresses, not tensors, so the schemas cannot say what is written
-// through them. They are private for that reason; wsam_fused/backends/native.py is their caller.
-// The element type of parameters, gradients and states is `dtype`.
+// The library wsam_fused: its operations (schemas.h) and what it says about itself.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
 #include <string>
-#include <vector>
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "schemas.h"
 
 namespace wsam_fused {
 namespace {
-
-// The constants of plan.h in the order that wsam_fused/plan.py checks them against its own.
-std::vector<int64_t> layout() {
-  return {kTableRows, kGroupColumns, kScalarSlots, kFlags, kAlignment};
-}
 
 Isa supported_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -52,21 +43,9 @@ Isa active_isa() {
 }
 
 STABLE_TORCH_LIBRARY(wsam_fused, library) {
-  // Adds the sums of squares of the gradient list in row `gradient` to `scalars`; `partials` is
-  // scratch, 2 float64 per chunk.
-  library.def(
-      "reduce(Tensor table, Tensor chunks, int chunk_size, ScalarType dtype, int gradient, "
-      "int geometry, Tensor(a!) partials, Tensor(b!) scalars) -> ()");
-  // Perturbs the parameters, or with undo=True takes them back.
-  library.def(
-      "perturb_(Tensor table, Tensor chunks, int chunk_size, ScalarType dtype, Tensor groups, "
-      "Tensor scalars, Tensor(a!) flags, int geometry, bool has_backup, bool undo, float eps) "
-      "-> ()");
-  // Restores, updates parameters and states, counts the steps.
-  library.def(
-      "update_(Tensor table, Tensor chunks, int chunk_size, ScalarType dtype, Tensor groups, "
-      "Tensor(a!) scalars, Tensor(b!) flags, Tensor(c!) steps, int base_rule, int evaluations, "
-      "bool has_backup, bool check_second, bool count_skipped, float eps, float max_norm) -> ()");
+  library.def(kReduceSchema);
+  library.def(kPerturbSchema);
+  library.def(kUpdateSchema);
   library.def("layout() -> int[]");
   // 0 baseline, 1 AVX2, 2 AVX-512: what the CPU loops run with.
   library.def("cpu_isa() -> int");

@@ -12,12 +12,15 @@
 
 #if defined(__CUDACC__)
 #define WSAM_HOST_DEVICE __host__ __device__ __forceinline__
+#define WSAM_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
 // The loops are compiled once per instruction set (cpu/isa.h); everything they call has to be
 // inlined into them to be compiled with them.
 #define WSAM_HOST_DEVICE inline __attribute__((always_inline))
+#define WSAM_UNROLL
 #else
 #define WSAM_HOST_DEVICE inline
+#define WSAM_UNROLL
 #endif
 
 namespace wsam_fused {
@@ -45,7 +48,9 @@ constexpr int64_t kAlignment = 64;
 // Columns of the group table (float64), one row per parameter group.
 enum GroupColumn : int {
   kRho = 0,
-  kSign,  // -1 when the objective is maximized, else 1
+  kAscentEps,  // added to the norm that rho is divided by
+  kMaxNorm,    // clips each gradient's norm; negative is none
+  kSign,       // -1 when the objective is maximized, else 1
   kH1,
   kH2,
   kH3,  // what the base rule is fed: h = sum of kHk * gk
@@ -71,12 +76,21 @@ enum ScalarSlot : int {
   kScalarSlots
 };
 
-// Flags (float64) of one list.
-enum Flag : int { kPerturbed = 0, kFlags };
+// Flags (float64) of one list. kArrived counts the GPU blocks that are done, and is 0 between
+// kernels.
+enum Flag : int { kPerturbed = 0, kArrived, kFlags };
 
 enum Geometry : int { kEuclidean = 0, kAdaptive };
 
 enum BaseRule : int { kNone = 0, kSgd, kMomentum, kAdam, kAmsgrad };
+
+WSAM_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+WSAM_HOST_DEVICE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Elements of one tensor; empty if end <= begin.
+struct Segment {
+  int64_t begin, end;
+};
 
 struct Plan {
   const int64_t* table;         // kTableRows x tensors, row-major
@@ -92,22 +106,25 @@ struct Plan {
   WSAM_HOST_DEVICE T* address(TableRow row, int64_t tensor) const {
     return reinterpret_cast<T*>(at(row, tensor));
   }
+  // The last tensor that reaches into the chunk.
+  WSAM_HOST_DEVICE int64_t last_tensor(int64_t chunk) const {
+    if (chunk + 1 == chunks) return tensors - 1;
+    const int64_t next = first_tensor[chunk + 1];
+    return at(kOffset, next) < (chunk + 1) * chunk_size ? next : next - 1;
+  }
+  // What of the tensor lies in the chunk.
+  WSAM_HOST_DEVICE Segment segment(int64_t chunk, int64_t tensor) const {
+    const int64_t low = chunk * chunk_size - at(kOffset, tensor);
+    return {greater(low, 0), smaller(low + chunk_size, at(kSize, tensor))};
+  }
 };
 
-// Calls visit(tensor, begin, end) for every piece of a tensor that lies in the chunk; begin and end
-// are element indices within the tensor.
-template <typename Visit>
-WSAM_HOST_DEVICE void for_each_segment(const Plan& plan, int64_t chunk, Visit&& visit) {
-  const int64_t low = chunk * plan.chunk_size;
-  const int64_t high = low + plan.chunk_size;
-  for (int64_t tensor = plan.first_tensor[chunk]; tensor < plan.tensors; ++tensor) {
-    const int64_t offset = plan.at(kOffset, tensor);
-    if (offset >= high) break;
-    const int64_t size = plan.at(kSize, tensor);
-    const int64_t begin = low > offset ? low - offset : 0;
-    const int64_t end = high - offset < size ? high - offset : size;
-    if (begin < end) visit(tensor, begin, end);
+// Whether the tensor has a gradient from each of the first `evaluations` evaluations.
+WSAM_HOST_DEVICE bool has_all_gradients(const Plan& plan, int64_t tensor, int evaluations) {
+  for (int k = 0; k < evaluations; ++k) {
+    if (!plan.at(TableRow(kGrad1 + k), tensor)) return false;
   }
+  return true;
 }
 
 }  // namespace wsam_fused

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from importlib import metadata
 
 import torch
 
@@ -25,6 +26,13 @@ def _devices() -> list[torch.device]:
     return devices
 
 
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
@@ -38,7 +46,10 @@ def report() -> str:
         ("torch", torch.__version__),
         ("python", platform.python_version()),
         ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+        ("CUDA of torch", str(torch.version.cuda)),
+        ("triton", _triton_version()),
         ("CPU kernels", _extension.cpu_instruction_set()),
+        ("CUDA kernels", _extension.cuda_architectures()),
         ("WSAM_FUSED_CPU_ISA", os.environ.get("WSAM_FUSED_CPU_ISA", "not set")),
         ("methods", ", ".join(method.__name__ for method in METHODS)),
     ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class BaseRule(IntEnum):
@@ -67,9 +69,20 @@ def rule_of(base_class: type, group: Mapping[str, Any]) -> BaseRule:
     return BaseRule.NONE
 
 
+def device_learning_rate(group: Mapping[str, Any]) -> Tensor | None:
+    """Return the learning rate if it is a tensor that the host cannot read without waiting."""
+    lr = group.get("lr")
+    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
+
+
 def hyper_of(rule: BaseRule, group: Mapping[str, Any]) -> Hyper:
-    """Read what ``rule`` needs from ``group``; numbers may be one-element tensors."""
-    lr, weight_decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
+    """Read what ``rule`` needs from ``group``; numbers may be one-element tensors.
+
+    A learning rate that only a device knows is NaN here.
+    """
+    # One NaN object for all: rows that hold it compare equal.
+    lr = math.nan if device_learning_rate(group) is not None else float(group["lr"])
+    weight_decay = float(group.get("weight_decay", 0.0))
     if rule in (BaseRule.SGD, BaseRule.MOMENTUM):
         momentum, dampening = float(group["momentum"]), float(group["dampening"])
         return Hyper(lr, weight_decay, 0.0, momentum, dampening, 0.0, float(group["nesterov"]))

@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wsam_fused.backends import BACKENDS, Backend, Choice, select
+from wsam_fused.backups import Backups
 from wsam_fused.base_rules import BaseRule
-from wsam_fused.gradients import Gradients
-from wsam_fused.plan import Geometry, GroupRow, Slot
+from wsam_fused.foreign import gradients_for_step
+from wsam_fused.gradients import Gradients, walkable
+from wsam_fused.plan import Geometry, GroupRow, Slot, addresses_of
+from wsam_fused.shared_scalars import SharedScalars
 from wsam_fused.tensor_list import (
+    LOW_PRECISION,
     ListKey,
-    Settings,
-    SharedScalars,
     TensorList,
     is_dense,
+    laid_out_like,
     state_tensor,
 )
-
-# w of these is restored from a copy: recomputing it would round to the few bits they have.
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class GroupKind(NamedTuple):
@@ -43,7 +43,7 @@ class StepEngine:
             left out until they get one.
         kinds: One per group.
         state: The optimizer's state; missing entries are created, existing ones adopted.
-        settings: Constants of the operations.
+        check_second: Form the norm of g2, and skip a step in which it is not finite.
         backend: ``"auto"`` or the name of a backend.
         reuse_first_gradient: Whether a backup of w may take the memory of g1.
         foreign: The base optimizer to be stepped where there is no fused update.
@@ -55,8 +55,8 @@ class StepEngine:
         param_groups: Sequence[Mapping[str, Any]],
         kinds: Sequence[GroupKind],
         state: MutableMapping[Tensor, Any],
-        settings: Settings,
         *,
+        check_second: bool,
         backend: str,
         reuse_first_gradient: bool,
         foreign: Optimizer | None,
@@ -66,7 +66,7 @@ class StepEngine:
         self.pending = False
         self.choices: dict[Tensor, Choice] = {}
         self._state = state
-        self._settings = settings
+        self._check_second = check_second
         self._reuse_first_gradient = reuse_first_gradient
         self._foreign = foreign
         self._left_out: list[Tensor] = []
@@ -89,9 +89,7 @@ class StepEngine:
         choice = select(backend, param.device, param.dtype, walkable=walkable)
         self.choices[param] = choice
         has_backup = (
-            kind.wants_backup
-            or kind.geometry != Geometry.EUCLIDEAN
-            or param.dtype in _LOW_PRECISION
+            kind.wants_backup or kind.geometry != Geometry.EUCLIDEAN or param.dtype in LOW_PRECISION
         )
         return ListKey(param.device, param.dtype, choice.name, kind.rule, kind.geometry, has_backup)
 
@@ -119,7 +117,11 @@ class StepEngine:
             for name, tensors in zip(rule.state_keys, states, strict=True):
                 self._state[param][name] = tensors[i]
         groups = [index for _, index in members]
-        return TensorList(key, params, groups, self._shared[key.device], states, steps)
+        # The rule `none` writes to the gradients what the foreign optimizer reads.
+        lower = BACKENDS[key.backend].GRADIENT_DTYPES.get(key.dtype, ())
+        grad_dtypes = () if rule == BaseRule.NONE else lower
+        shared = self._shared[key.device]
+        return TensorList(key, params, groups, shared, states, steps, grad_dtypes)
 
     # ---- is it still right? ------------------------------------------------------------------
 
@@ -147,10 +149,17 @@ class StepEngine:
 
     # ---- the step ----------------------------------------------------------------------------
 
-    def set_rows(self, rows: list[GroupRow]) -> None:
-        """Bring the coefficients and hyper-parameters of the groups up to date."""
+    def set_rows(self, rows: list[GroupRow], rates: list[Tensor | None] | None = None) -> None:
+        """Bring the coefficients and hyper-parameters of the groups up to date.
+
+        Args:
+            rows: One per group.
+            rates: Learning rates that only a device knows, for an update that is about to follow.
+        """
         for shared in self._shared.values():
             shared.set_rows(rows)
+            if rates is not None:
+                shared.set_learning_rates(rates)
 
     def read_first(self, *, keep: bool) -> bool:
         """Take over the gradients at w.
@@ -182,22 +191,20 @@ class StepEngine:
             _give_back(taken)
             return False
         for tensors, gradients in taken:
-            tensors.grads[0] = gradients.tensors
+            tensors.grads[0], tensors.grad_dtype = gradients.tensors, gradients.dtype
             BACKENDS[tensors.key.backend].bind(tensors, 0, gradients.addresses)
         return True
 
     def perturb(self) -> None:
         """Form the norm of the gradients at w and move to the ascent point."""
-        for shared in self._shared.values():
-            shared.scalars[: Slot.SKIPPED].zero_()
         self._reduce(0)
         self.pending = True
         for tensors, backend in self._with_backends():
             if tensors.key.has_backup:
                 tensors.make_backups(self._reuse_first_gradient)
-            backend.perturb(tensors, self._settings)
+            backend.perturb(tensors)
 
-    def update(self, rows: list[GroupRow], evaluations: int) -> None:
+    def update(self, rows: list[GroupRow], rates: list[Tensor | None], evaluations: int) -> None:
         """Take the gradients at the ascent point, restore w and update it."""
         for tensors, backend in self._with_backends():
             gradients = tensors.reader.read(keep=True, private=False)
@@ -205,46 +212,79 @@ class StepEngine:
                 self._follow_storage(tensors, same_layout=True)
             tensors.grads[1] = gradients.tensors
             backend.bind(tensors, 1, gradients.addresses)
-        self.set_rows(_with_the_perturbation_of(self.primary.rows, rows))
-        if self._settings.check_second:
+            if gradients.dtype != tensors.grad_dtype:
+                self._widen_gradients(tensors)
+        self.set_rows(_with_the_perturbation_of(self.primary.rows, rows), rates)
+        if self._check_second:
             self._reduce(1)
         first = True
         for tensors, backend in self._with_backends():
-            rule = tensors.key.rule
-            backend.update(tensors, self._settings, rule, evaluations, count_skipped=first)
+            backend.update(
+                tensors,
+                tensors.key.rule,
+                evaluations,
+                check_second=self._check_second,
+                count_skipped=first,
+            )
             first = False
         if self._foreign is not None:
-            self._step_foreign(rows, evaluations)
+            self._step_foreign(rows, rates, evaluations)
         self._finish()
 
-    def _step_foreign(self, rows: list[GroupRow], evaluations: int) -> None:
+    def _widen_gradients(self, tensors: TensorList) -> None:
+        """Give the gradients of two evaluations that came in two dtypes the parameters' dtype."""
+        dtype = tensors.key.dtype
+        wide = []  # all that can fail comes before anything changes
+        for evaluation in range(2):
+            pairs = zip(tensors.params, tensors.grads[evaluation], strict=True)
+            grads = [walkable(param, grad, dtype) for param, grad in pairs]
+            wide.append((grads, addresses_of(grads)))
+        tensors.grad_dtype = dtype
+        for evaluation, (grads, addresses) in enumerate(wide):
+            tensors.grads[evaluation] = grads
+            BACKENDS[tensors.key.backend].bind(tensors, evaluation, addresses)
+
+    def _step_foreign(
+        self, rows: list[GroupRow], rates: list[Tensor | None], evaluations: int
+    ) -> None:
         """Step the base optimizer with h, then subtract lr * d; the rule `none` left h and d."""
         assert self._foreign is not None
-        for tensors in self.lists:
-            for i, param in enumerate(tensors.params):
-                param.grad = tensors.grads[0][i] if tensors.has_all(i, evaluations) else None
-        # The one place that waits for the device: a foreign step cannot be skipped on it.
-        if not bool(torch.isfinite(self.primary.scalars[: Slot.SKIPPED]).all()):
-            return
-        self._foreign.step()
+        params = [param for tensors in self.lists for param in tensors.params]
+        h = [
+            grad if tensors.has_all(i, evaluations) else None
+            for tensors in self.lists
+            for i, grad in enumerate(tensors.grads[0])
+        ]
+        with gradients_for_step(params, h):
+            # The one place that waits for the device: a foreign step cannot be skipped on it.
+            if not bool(torch.isfinite(self.primary.scalars[: Slot.SKIPPED]).all()):
+                return
+            self._foreign.step()
         if not any(any(row.d) for row in rows):
             return
         plain = {"sign": 1.0, "h1": 0.0, "h2": 1.0, "h3": 0.0, "d1": 0.0, "d2": 0.0, "d3": 0.0}
-        self.set_rows([row._replace(**plain) for row in rows])
-        unclipped = self._settings._replace(max_norm=-1.0)
+        self.set_rows([row._replace(**plain, max_norm=-1.0) for row in rows], rates)
         for tensors, backend in self._with_backends():
             if tensors.reader.moved():  # some optimizers rebind `.data`
                 self._follow_storage(tensors, same_layout=True)
-            backend.update(tensors, unclipped, BaseRule.SGD, evaluations, count_skipped=False)
+            backend.update(
+                tensors,
+                BaseRule.SGD,
+                evaluations,
+                check_second=self._check_second,
+                count_skipped=False,
+            )
 
     def abandon(self) -> None:
         """Put the weights back if they are perturbed, and forget the step."""
         try:
             if self.pending:
                 for tensors, backend in self._with_backends():
+                    if tensors.key.has_backup and tensors.backups is None:
+                        continue  # it failed before this list was perturbed
                     if tensors.reader.moved():
                         self._follow_storage(tensors, same_layout=False)
-                    backend.perturb(tensors, self._settings, undo=True)
+                    backend.perturb(tensors, undo=True)
         finally:
             self._finish()
 
@@ -254,8 +294,10 @@ class StepEngine:
             tensors.release()
 
     def _reduce(self, evaluation: int) -> None:
+        begun = set()
         for tensors, backend in self._with_backends():
-            backend.reduce(tensors, evaluation)
+            backend.reduce(tensors, evaluation, accumulate=tensors.key.device in begun)
+            begun.add(tensors.key.device)
         if len(self._shared) > 1:  # the norm is over all devices
             used = slice(0, 2) if evaluation == 0 else slice(2, 3)
             home = self.primary.scalars.device
@@ -289,10 +331,11 @@ class StepEngine:
         if tensors.reader.layouts() != tensors.reader.noted_layouts:
             self.stale = True
             pairs = list(zip(tensors.params, tensors.grads[0], strict=True))
-            tensors.grads[0] = [g if g is None else state_tensor(p, g, "g1") for p, g in pairs]
-            if tensors.backups:
-                copies = zip(tensors.params, tensors.backups, strict=True)
-                tensors.backups = [state_tensor(p, copy, "backup") for p, copy in copies]
+            tensors.grads[0] = [walkable(p, g, tensors.grad_dtype) for p, g in pairs]
+            if tensors.backups is not None:
+                copies = zip(tensors.params, tensors.backups.tensors(), strict=True)
+                dtype = tensors.key.dtype
+                tensors.backups = Backups.of(laid_out_like(p, copy, dtype) for p, copy in copies)
         tensors.reader.refresh()
         backend.refresh(tensors)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from wsam_fused import _extension
+from wsam_fused.plan import addresses_of, host_integers
 
 _NAMES = ("grad", "dtype")
 _METHODS = (Tensor.data_ptr, Tensor.is_contiguous, Tensor._is_view, Tensor.numel)
@@ -19,12 +20,14 @@ class Gradients(NamedTuple):
     """The gradients of a list, in a form that the kernels can walk.
 
     Attributes:
-        tensors: One per parameter, None where there is none.
+        tensors: One per parameter, None where there is none; all of ``dtype``.
+        dtype: The parameters' dtype, or a lower one that all gradients share.
         addresses: int64 ``[n]`` on the host, 0 where there is none; valid until the next read.
         moved: Whether a parameter has other storage or another layout than when the list was made.
     """
 
     tensors: list[Tensor | None]
+    dtype: torch.dtype
     addresses: Tensor
     moved: bool
 
@@ -32,23 +35,25 @@ class Gradients(NamedTuple):
 class GradientReader:
     """Reads ``.grad`` of a list of parameters and knows what is usual for them.
 
-    The kernels walk memory, so a gradient has to have its parameter's dtype, device and strides;
-    one that has not is copied into that form.
+    The kernels walk memory, so a gradient has to have its parameter's device and strides, and all
+    gradients one dtype; one that has not is copied into that form.
 
     Args:
         params: The parameters, all of one dtype and device.
+        dtypes: What gradients may have besides the parameters' own dtype.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype] = ()) -> None:
         self._params = list(params)
-        self._dtype = self._params[0].dtype
-        self._addresses = torch.zeros(len(self._params), dtype=torch.int64)
+        self._other_dtypes = tuple(dtypes)
+        self._dtype = self._params[0].dtype  # of the gradients that were read last
+        self._addresses = torch.zeros(len(self._params), dtype=torch.int64, device="cpu")
         self.refresh()
 
     def refresh(self) -> None:
         """Note where the parameters are now."""
-        self._storage = torch.tensor(list(map(Tensor.data_ptr, self._params)))
-        self._sizes = torch.tensor(list(map(Tensor.numel, self._params)))
+        self._storage = host_integers(map(Tensor.data_ptr, self._params))
+        self._sizes = host_integers(map(Tensor.numel, self._params))
         self.noted_layouts = self.layouts()
         self._contiguous = all(map(Tensor.is_contiguous, self._params))
 
@@ -79,18 +84,25 @@ class GradientReader:
         if not (keep and private):
             usual = self._read_usual(take=not keep)
             if usual is not None:
-                return Gradients(usual, self._addresses, moved=False)
+                return Gradients(usual, self._dtype, self._addresses, moved=False)
         found = [param.grad for param in self._params]
-        usable = [_walkable(p, g) for p, g in zip(self._params, found, strict=True)]
+        for param, grad in zip(self._params, found, strict=True):
+            _check_gradient(param, grad)
+        dtype = self._dtype = self._common_dtype(found)
+        usable = [walkable(p, g, dtype) for p, g in zip(self._params, found, strict=True)]
         if private:
             usable = _private(found, usable, copy=keep)
-        pointers = [0 if grad is None else grad.data_ptr() for grad in usable]
-        self._addresses.copy_(torch.tensor(pointers))
+        self._addresses.copy_(addresses_of(usable))
         moved = self.moved()
         if not keep:
             for param in self._params:
                 param.grad = None
-        return Gradients(usable, self._addresses, moved)
+        return Gradients(usable, dtype, self._addresses, moved)
+
+    def _common_dtype(self, found: Sequence[Tensor | None]) -> torch.dtype:
+        dtypes = {grad.dtype for grad in found if grad is not None}
+        common = dtypes.pop() if len(dtypes) == 1 else None
+        return common if common in self._other_dtypes else self._params[0].dtype
 
     def _read_usual(self, *, take: bool) -> list[Tensor | None] | None:
         """Read what needs no copy, in one pass; None if anything is not as usual."""
@@ -114,10 +126,9 @@ class GradientReader:
                 param.grad = grad
 
 
-def _walkable(param: Tensor, grad: Tensor | None) -> Tensor | None:
-    """Return the gradient in its parameter's dtype and strides, a copy if it has others."""
+def _check_gradient(param: Tensor, grad: Tensor | None) -> None:
     if grad is None:
-        return None
+        return
     where = f"the gradient of a parameter of shape {tuple(param.shape)}"
     if grad.layout != torch.strided:
         raise TypeError(f"{where} is {grad.layout}, expected a dense (strided) gradient")
@@ -125,9 +136,14 @@ def _walkable(param: Tensor, grad: Tensor | None) -> Tensor | None:
         raise TypeError(f"{where} is {grad.dtype}, expected a real gradient")
     if grad.device != param.device:
         raise ValueError(f"{where} is on {grad.device}, expected {param.device}")
-    if grad.stride() == param.stride() and grad.dtype == param.dtype:
+
+
+def walkable(param: Tensor, grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the gradient in a dtype and its parameter's strides, a copy if it has others."""
+    if grad is None or (grad.stride() == param.stride() and grad.dtype == dtype):
         return grad
-    return torch.empty_like(param, memory_format=torch.preserve_format).copy_(grad)
+    empty = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return empty.copy_(grad)
 
 
 def _private(

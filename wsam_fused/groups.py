@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from wsam_fused.arguments import number
-from wsam_fused.base_rules import BaseRule, hyper_of
+from wsam_fused.base_rules import BaseRule, device_learning_rate, hyper_of
 from wsam_fused.plan import GroupRow
 from wsam_fused.row import Row
 
 
-def group_row(group: Mapping[str, Any], rule: BaseRule, row: Row, rho: Any) -> GroupRow:
+def group_row(
+    group: Mapping[str, Any], rule: BaseRule, row: Row, rho: Any, eps: float, max_norm: float
+) -> GroupRow:
     """Return the columns of the group table for one group.
 
     Args:
@@ -21,20 +23,22 @@ def group_row(group: Mapping[str, Any], rule: BaseRule, row: Row, rho: Any) -> G
         rule: Its base rule.
         row: The method's coefficients for this group.
         rho: The group's radius.
+        eps: Added to the norm that rho is divided by.
+        max_norm: Clipping threshold of each gradient's norm; negative is none.
     """
     sign = -1.0 if group.get("maximize") else 1.0
     # The kernels multiply h by the sign; a foreign optimizer does it itself, so take it out.
     undo = sign if rule == BaseRule.NONE else 1.0
     h1, h2, h3 = row.h
-    return GroupRow(
-        float(rho), sign, undo * h1, undo * h2, undo * h3, *row.d, *hyper_of(rule, group)
-    )
+    h = (undo * h1, undo * h2, undo * h3)
+    return GroupRow(float(rho), eps, max_norm, sign, *h, *row.d, *hyper_of(rule, group))
 
 
 def check_values(group: Mapping[str, Any]) -> None:
     """Validate the base optimizer's numbers that decide whether a step makes sense."""
     for name in ("lr", "weight_decay", "momentum"):
-        if name in group:
+        on_device = name == "lr" and device_learning_rate(group) is not None
+        if name in group and not on_device:
             number(name, group[name], 0.0)
 
 

@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 
 from wsam_fused import backends
 from wsam_fused.arguments import choice, number
-from wsam_fused.base_rules import BaseRule, rule_of
+from wsam_fused.base_rules import BaseRule, device_learning_rate, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
+from wsam_fused.checkpoints import keep_wide_states
 from wsam_fused.engine import GroupKind, StepEngine
 from wsam_fused.groups import check_params, check_values, group_row
 from wsam_fused.model_state import FrozenBatchNorm
 from wsam_fused.plan import Geometry, GroupRow, Slot
 from wsam_fused.row import Row
 from wsam_fused.telemetry import LastStep
-from wsam_fused.tensor_list import Settings
 
 Closure = Callable[[], Any]
 
@@ -28,7 +28,9 @@ _OWN_ATTRIBUTES = (
     "_rule_class",
     "_base",
     "_keys",
-    "_settings",
+    "_eps",
+    "_max_norm",
+    "_check_second",
     "_restore",
     "_backend",
     "_batch_norm",
@@ -70,13 +72,13 @@ class SharpnessAwareOptimizer(Optimizer):
         ``own`` has the values of the method's group keys; for the other arguments see
         :mod:`wsam_fused.documentation`, whose text the methods show.
         """
-        max_norm = -1.0
+        self._max_norm = -1.0
         if max_grad_norm is not None:
-            max_norm = number("max_grad_norm", max_grad_norm, 0.0, low_included=False)
-        check_second = bool(check_finite) or max_norm > 0
-        self._settings = Settings(number("eps", eps, 0.0), max_norm, check_second)
+            self._max_norm = number("max_grad_norm", max_grad_norm, 0.0, low_included=False)
+        self._eps = number("eps", eps, 0.0)
+        self._check_second = bool(check_finite) or self._max_norm > 0
         self._restore = choice("restore", restore, ("recompute", "backup"))
-        self._backend = choice("backend", backend, backends.NAMES)
+        self._backend = choice("backend", backend, backends.names())
         self._batch_norm = FrozenBatchNorm(model)
         own = {**own, "adaptive": bool(adaptive)}
         self._check_own(own)
@@ -187,7 +189,8 @@ class SharpnessAwareOptimizer(Optimizer):
         assert engine is not None  # is_perturbed says so
         try:
             self._batch_norm.restore()
-            engine.update(self._rows(), self.row(self.param_groups[0]).evaluations)
+            rates = [device_learning_rate(group) for group in self.param_groups]
+            engine.update(self._rows(), rates, self.row(self.param_groups[0]).evaluations)
         except BaseException:
             engine.abandon()
             raise
@@ -296,6 +299,8 @@ class SharpnessAwareOptimizer(Optimizer):
             ]
             state_dict = {**state_dict, "param_groups": merged}
         super().load_state_dict(state_dict)
+        if self._rule_class is not None:
+            keep_wide_states(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("pickling or copying the optimizer")
@@ -334,12 +339,18 @@ class SharpnessAwareOptimizer(Optimizer):
         return engine
 
     def _new_engine(self) -> StepEngine:
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if in_use and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the optimizer has to set up its tables, which a CUDA graph cannot capture; make "
+                "a whole step before the capture, with gradients for the same parameters"
+            )
         old = self._engine
         engine = StepEngine(
             self.param_groups,
             self._kinds(),
             self.state,
-            self._settings,
+            check_second=self._check_second,
             backend=self._backend,
             reuse_first_gradient=not self.uses_first_gradient,
             foreign=self._base if self._rule_class is None else None,
@@ -361,7 +372,14 @@ class SharpnessAwareOptimizer(Optimizer):
 
     def _rows(self) -> list[GroupRow]:
         rows = [
-            group_row(group, self._kind(group).rule, self.row(group), self.own(group, "rho"))
+            group_row(
+                group,
+                self._kind(group).rule,
+                self.row(group),
+                self.own(group, "rho"),
+                self._eps,
+                self._max_norm,
+            )
             for group in self.param_groups
         ]
         if rows != self._checked_rows:  # a scheduler or the user changed something

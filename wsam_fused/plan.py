@@ -6,12 +6,15 @@ This file mirrors ``csrc/plan.h``, order included. The extension reports the siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from wsam_fused.upload import Upload
 
 
 class TableRow(IntEnum):
@@ -34,6 +37,8 @@ class GroupRow(NamedTuple):
     """What a parameter group contributes to a step; the order is that of ``csrc/plan.h``."""
 
     rho: float
+    ascent_eps: float
+    max_norm: float
     sign: float
     h1: float
     h2: float
@@ -77,8 +82,18 @@ class Geometry(IntEnum):
 
 
 ALIGNMENT = 64
-FLAGS = 1
+FLAGS = 2  # is the list perturbed?, and a counter of the GPU kernels
 LAYOUT = [len(TableRow), len(GroupRow._fields), len(Slot), FLAGS, ALIGNMENT]
+
+
+def host_integers(values: Iterable[int]) -> Tensor:
+    """Return an int64 tensor on the host, whatever the default device is."""
+    return torch.tensor(list(values), dtype=torch.int64, device="cpu")
+
+
+def addresses_of(tensors: Iterable[Tensor | None]) -> Tensor:
+    """Return int64 ``[n]`` on the host, 0 where there is no tensor."""
+    return host_integers(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 class PointerTable:
@@ -87,41 +102,46 @@ class PointerTable:
     Every tensor begins at a multiple of ``ALIGNMENT`` in a virtual index space that is cut into
     chunks of one size: large tensors are split, small ones packed.
 
+    Args:
+        sizes: Elements of each tensor.
+        groups: Parameter group of each tensor.
+        chunk_size: Elements per chunk, a multiple of ``ALIGNMENT``.
+        device: Where the kernels run; all tensors of the table are there.
+
     Attributes:
         table: int64 ``[rows, n]``, see :class:`TableRow`.
         chunks: int64 ``[chunks]``, the first tensor that reaches into each chunk.
         chunk_size: Elements per chunk.
         partials: float64 ``[2 * chunks]``, scratch of the reductions.
+        offsets: int64 ``[n]`` on the host, where each tensor begins in the virtual index space.
+        total: Size of that space.
     """
 
-    def __init__(self, sizes: Sequence[int], groups: Sequence[int], chunk_size: int) -> None:
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-        total = offsets.pop()
-        starts = range(0, total, chunk_size)
+    def __init__(
+        self, sizes: Sequence[int], groups: Sequence[int], chunk_size: int, device: torch.device
+    ) -> None:
+        ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+        offsets, self.total = [0, *ends[:-1]], ends[-1]
         first_tensor, tensor = [], 0
-        for start in starts:
-            while tensor + 1 < len(offsets) and offsets[tensor + 1] <= start:
+        for start in range(0, self.total, chunk_size):
+            while ends[tensor] <= start:
                 tensor += 1
             first_tensor.append(tensor)
         self.chunk_size = chunk_size
-        self.table = torch.zeros(len(TableRow), len(sizes), dtype=torch.int64)
-        self.chunks = torch.tensor(first_tensor, dtype=torch.int64)
-        self.partials = torch.zeros(2 * len(first_tensor), dtype=torch.float64)
-        self._rows = list(self.table.unbind())
-        self.set_row(TableRow.OFFSET, torch.tensor(offsets))
-        self.set_row(TableRow.SIZE, torch.tensor(sizes))
-        self.set_row(TableRow.GROUP, torch.tensor(groups))
+        self.offsets = host_integers(offsets)
+        table = torch.zeros(len(TableRow), len(sizes), dtype=torch.int64, device="cpu")
+        table[TableRow.OFFSET] = self.offsets
+        table[TableRow.SIZE] = host_integers(sizes)
+        table[TableRow.GROUP] = host_integers(groups)
+        self.table = table.to(device)
+        self.chunks = host_integers(first_tensor).to(device)
+        self.partials = torch.zeros(2 * len(first_tensor), dtype=torch.float64, device=device)
+        self._rows = [Upload(row) for row in self.table.unbind()]
 
     def set_row(self, row: TableRow, values: Tensor) -> None:
-        """Write one row; ``values`` is int64 ``[n]``."""
-        self._rows[row].copy_(values)
+        """Write one row; ``values`` is int64 ``[n]`` on the host. Nothing waits for the device."""
+        self._rows[row].send(values)
 
     def set_tensors(self, row: TableRow, tensors: Sequence[Tensor]) -> None:
         """Write the addresses of ``tensors`` into one row."""
-        self.set_row(row, torch.tensor(list(map(Tensor.data_ptr, tensors))))
-
-    def clear_row(self, row: TableRow) -> None:
-        """Say that no tensor has this operand."""
-        self._rows[row].zero_()
+        self.set_row(row, addresses_of(tensors))

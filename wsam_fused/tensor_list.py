@@ -8,50 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wsam_fused.backups import Backups
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.gradients import GradientReader
-from wsam_fused.plan import FLAGS, Geometry, GroupRow, PointerTable, Slot
+from wsam_fused.plan import FLAGS, Geometry, PointerTable
+from wsam_fused.shared_scalars import SharedScalars
 
-
-class Settings(NamedTuple):
-    """What the operations need and no step changes.
-
-    Attributes:
-        eps: Added to the norm of the perturbation.
-        max_norm: Clipping threshold of each gradient's norm; negative is none.
-        check_second: Whether the norm of g2 is known, so that a step with a non-finite one is
-            skipped.
-    """
-
-    eps: float
-    max_norm: float
-    check_second: bool
-
-
-class SharedScalars:
-    """What all lists of one device have in common.
-
-    Attributes:
-        scalars: float64, see :class:`~wsam_fused.plan.Slot`.
-        rows: One row per parameter group, on the host.
-        groups: The same as a float64 tensor on the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.scalars = torch.zeros(len(Slot), dtype=torch.float64, device=device)
-        self.rows: list[GroupRow] = []
-        self.groups = torch.zeros(0, len(GroupRow._fields), dtype=torch.float64, device=device)
-
-    def set_rows(self, rows: list[GroupRow]) -> None:
-        """Bring the group table up to date; nothing moves if nothing changed."""
-        if rows == self.rows:
-            return
-        table = torch.tensor(rows, dtype=torch.float64)
-        if len(rows) != len(self.rows):
-            self.groups = table.to(self.groups.device)
-        else:
-            self.groups.copy_(table)
-        self.rows = list(rows)
+# Parameters of these have float32 states, and w of them is restored from a copy: recomputing it
+# would round to the few bits they have.
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class ListKey(NamedTuple):
@@ -74,11 +39,14 @@ class TensorList:
         params: The parameters.
         groups: Parameter group of each.
         shared: The scalars of their device.
-        states: A list of tensors per state key of the base rule.
+        states: A list of tensors per state key of the base rule, float32 or wider.
         steps: float32 ``[n]``, updates each parameter has had.
+        grad_dtypes: Dtypes of gradients, besides the parameters' own, that the backend reads.
         flags: float64; the first says whether the list is perturbed.
-        grads: g1, g2, g3; an empty list where not evaluated, None for a missing gradient.
-        backups: Copies of w while perturbed, empty otherwise.
+        grads: g1, g2, g3, all of ``grad_dtype``; an empty list where not evaluated, None for a
+            missing gradient.
+        grad_dtype: Dtype of the gradients of the step in progress.
+        backups: Copies of w while perturbed, None otherwise.
         table: The addresses of all these, if the backend's kernels need them.
     """
 
@@ -88,14 +56,17 @@ class TensorList:
     shared: SharedScalars
     states: list[list[Tensor]]
     steps: Tensor
+    grad_dtypes: tuple[torch.dtype, ...] = ()
     flags: Tensor = field(init=False)
     grads: list[list[Tensor | None]] = field(init=False)
-    backups: list[Tensor] = field(default_factory=list)
+    grad_dtype: torch.dtype = field(init=False)
+    backups: Backups | None = None
     table: PointerTable | None = None
 
     def __post_init__(self) -> None:
-        self.reader = GradientReader(self.params)
+        self.reader = GradientReader(self.params, self.grad_dtypes)
         self.grads = [[], [], []]
+        self.grad_dtype = self.key.dtype
         self.flags = torch.zeros(FLAGS, dtype=torch.float64, device=self.key.device)
 
     def make_backups(self, reuse_first_gradient: bool) -> None:
@@ -105,19 +76,28 @@ class TensorList:
             reuse_first_gradient: The method does not need g1 after the perturbation, so that the
                 copy may take its memory.
         """
-        self.backups = [
-            grad if reuse_first_gradient and grad is not None else torch.empty_like(param)
-            for param, grad in zip(self.params, self.grads[0], strict=True)
-        ]
+        if reuse_first_gradient and self.grad_dtype == self.key.dtype:
+            pairs = zip(self.params, self.grads[0], strict=True)
+            self.backups = Backups.of(torch.empty_like(p) if g is None else g for p, g in pairs)
+        elif self.table is None:
+            self.backups = Backups.of(map(torch.empty_like, self.params))
+        else:
+            layouts = self.reader.noted_layouts
+            self.backups = Backups.in_one_block(self.params[0], layouts, self.table)
 
     def release(self) -> None:
         """Drop what lives only inside a step."""
         self.grads = [[], [], []]
-        self.backups = []
+        self.backups = None
 
     def has_all(self, index: int, evaluations: int) -> bool:
         """Whether parameter ``index`` has a gradient from every evaluation."""
         return all(self.grads[k][index] is not None for k in range(evaluations))
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Dtype of the states of ``param``: its own, but at least float32."""
+    return torch.float32 if param.dtype in LOW_PRECISION else param.dtype
 
 
 def state_tensor(param: Tensor, loaded: object, name: str) -> Tensor:
@@ -126,17 +106,24 @@ def state_tensor(param: Tensor, loaded: object, name: str) -> Tensor:
     Raises:
         ValueError: The loaded tensor has another shape.
     """
+    dtype = state_dtype(param)
     if loaded is None:
-        return torch.zeros_like(param, memory_format=torch.preserve_format)
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     if not isinstance(loaded, Tensor) or loaded.shape != param.shape:
         found = tuple(loaded.shape) if isinstance(loaded, Tensor) else type(loaded).__name__
         raise ValueError(
             f"state {name!r} is {found}, expected a tensor of shape {tuple(param.shape)}"
         )
-    same = loaded.stride() == param.stride() and loaded.dtype == param.dtype
-    if same and loaded.device == param.device:
-        return loaded
-    return torch.empty_like(param, memory_format=torch.preserve_format).copy_(loaded)
+    return laid_out_like(param, loaded, dtype)
+
+
+def laid_out_like(param: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``values`` on the device and with the strides of ``param``, a copy if need be."""
+    same = values.stride() == param.stride() and values.dtype == dtype
+    if same and values.device == param.device:
+        return values
+    empty = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return empty.copy_(values)
 
 
 def is_dense(param: Tensor) -> bool:

@@ -29,9 +29,21 @@ void for_each_chunk(const Plan& plan, const Body& body) {
   });
 }
 
+// Calls visit(tensor, begin, end) for every piece of a tensor that lies in the chunk.
+template <typename Visit>
+void for_each_segment(const Plan& plan, int64_t chunk, const Visit& visit) {
+  const int64_t last = plan.last_tensor(chunk);
+  for (int64_t tensor = plan.first_tensor[chunk]; tensor <= last; ++tensor) {
+    const Segment segment = plan.segment(chunk, tensor);
+    if (segment.begin < segment.end) visit(tensor, segment.begin, segment.end);
+  }
+}
+
 // Calls body with a value of the C++ type of dtype.
 template <typename Body>
-void with_dtype(ScalarType dtype, const Body& body) {
+void with_dtype(ScalarType dtype, ScalarType grad_dtype, const Body& body) {
+  STD_TORCH_CHECK(grad_dtype == dtype, "grad_dtype differs from dtype, which the CPU kernels do ",
+                  "not support");
   switch (dtype) {
     case ScalarType::Float:
       return body(float{});

@@ -3,14 +3,13 @@
 // operand  row      access
 // p        kParam   read and written
 // g1       kGrad1   read           a tensor whose address is 0 is left alone
-// backup   kBackup  written (read on the way back); 0: w is recomputed as fma(-s, g1, p).
-//                   May be g1's own memory where the method does not need g1 any more.
+// backup   kBackup  only with has_backup, else w is recomputed as fma(-s, g1, p); written, and
+//                   read on the way back. May be g1's own memory where the method does not need g1
+//                   any more.
 //
 // Moves 3 elements per parameter, 4 with a backup. A norm that is not finite leaves the list alone.
 // flags[kPerturbed] says afterwards what is in p; the way back does nothing where it is 0.
 #include <torch/csrc/stable/library.h>
-
-#include <limits>
 
 #include "restore.h"
 
@@ -51,32 +50,32 @@ auto chosen_loop(int64_t geometry, bool undo, bool has_backup) {
 }
 
 template <typename T>
-void perturb_list(const Plan& plan, const double* groups, double metric_sq, double eps,
-                  int64_t geometry, bool undo, bool has_backup) {
+void perturb_list(const Plan& plan, const double* groups, double metric_sq, int64_t geometry,
+                  bool undo, bool has_backup) {
   const auto loop = chosen_loop<T>(geometry, undo, has_backup);
   for_each_chunk(plan, [&](int64_t chunk) {
     for_each_segment(plan, chunk, [&](int64_t tensor, int64_t begin, int64_t end) {
       const T* g1 = segment<T>(plan, kGrad1, tensor, begin);
       if (!g1) return;
       const double* group = groups + plan.at(kGroup, tensor) * kGroupColumns;
-      loop({segment<T>(plan, kParam, tensor, begin), g1, segment<T>(plan, kBackup, tensor, begin),
-            end - begin, ascent_scale(metric_sq, group, eps, std::numeric_limits<T>::max())});
+      T* backup = has_backup ? segment<T>(plan, kBackup, tensor, begin) : nullptr;
+      loop({segment<T>(plan, kParam, tensor, begin), g1, backup, end - begin,
+            ascent_scale<T>(metric_sq, group)});
     });
   });
 }
 
-void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype, Tensor groups,
-             Tensor scalars, Tensor flags, int64_t geometry, bool has_backup, bool undo,
-             double eps) {
+void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+             ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, int64_t geometry,
+             bool has_backup, bool undo) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   const double* const group_rows = checked_groups(groups);
   const double metric_sq = checked_doubles(scalars, "scalars", kScalarSlots)[kMetricSq];
   double* const flag = checked_doubles(flags, "flags", kFlags);
-  STD_TORCH_CHECK(geometry == kEuclidean || has_backup,
-                  "geometry is adaptive, which needs has_backup=True");
-  if (undo != (flag[kPerturbed] != 0) || !std::isfinite(metric_sq)) return;
-  with_dtype(dtype, [&](auto zero) {
-    perturb_list<decltype(zero)>(plan, group_rows, metric_sq, eps, geometry, undo, has_backup);
+  check_geometry(geometry, has_backup);
+  if (undo != (flag[kPerturbed] != 0) || !is_finite(metric_sq)) return;
+  with_dtype(dtype, grad_dtype, [&](auto zero) {
+    perturb_list<decltype(zero)>(plan, group_rows, metric_sq, geometry, undo, has_backup);
   });
   flag[kPerturbed] = undo ? 0.0 : 1.0;
 }

@@ -1,7 +1,9 @@
 // reduce: sums of squares of one gradient list, in float64, into the scalars.
 //
-//   scalars[kMetricSq] += sum M(w) g^2     only for the first gradient
-//   scalars[kGrad1Sq or kGrad2Sq] += sum g^2
+//   scalars[kMetricSq] = sum M(w) g^2     only for the first gradient
+//   scalars[kGrad1Sq or kGrad2Sq] = sum g^2
+//
+// or += for further lists (accumulate).
 //
 // operand   row               access
 // gradient  kGrad1 or kGrad2  read     a tensor whose address is 0 is left out
@@ -11,8 +13,6 @@
 // threads: a fixed number of lanes per segment, one partial sum per chunk, added in the order of
 // the chunks.
 #include <torch/csrc/stable/library.h>
-
-#include <limits>
 
 #include "../math.h"
 #include "loops.h"
@@ -90,14 +90,14 @@ void reduce_list(const Plan& plan, TableRow gradient, double* partials) {
   });
 }
 
-void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype, int64_t gradient,
-            int64_t geometry, Tensor partials, Tensor scalars) {
+void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+            ScalarType grad_dtype, Tensor partials, Tensor scalars, Tensor /* flags */,
+            int64_t gradient, int64_t geometry, bool accumulate) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
-  STD_TORCH_CHECK(gradient == kGrad1 || gradient == kGrad2, "gradient is ", gradient,
-                  ", expected the row of a gradient in the table");
+  check_gradient(gradient);
   double* const partial = checked_doubles(partials, "partials", 2 * plan.chunks);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
-  with_dtype(dtype, [&](auto zero) {
+  with_dtype(dtype, grad_dtype, [&](auto zero) {
     using T = decltype(zero);
     if (geometry == kAdaptive && gradient == kGrad1) {
       reduce_list<T, kAdaptive>(plan, kGrad1, partial);
@@ -110,8 +110,11 @@ void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype, i
     total.metric_sq += partial[2 * chunk];
     total.plain_sq += partial[2 * chunk + 1];
   }
-  if (gradient == kGrad1) scalar[kMetricSq] += total.metric_sq;
-  scalar[gradient == kGrad1 ? kGrad1Sq : kGrad2Sq] += total.plain_sq;
+  const auto store = [&](ScalarSlot slot, double sum) {
+    scalar[slot] = accumulate ? scalar[slot] + sum : sum;
+  };
+  if (gradient == kGrad1) store(kMetricSq, total.metric_sq);
+  store(gradient == kGrad1 ? kGrad1Sq : kGrad2Sq, total.plain_sq);
 }
 
 }  // namespace

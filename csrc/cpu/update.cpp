@@ -6,16 +6,14 @@
 //
 // operand  row             access
 // p        kParam          read (where w is recomputed or was not perturbed) and written
-// g1..g3   kGrad1..kGrad3  read; written by the rule `none`: h into g1, d into g2
-// backup   kBackup         read where it is not 0
-// state    kState1..3      read and written
-// steps    -               float32, one per tensor: read, and 1 added where the tensor was updated
+// g1..g3   kGrad1..kGrad3  as many as evaluations; read; written by the rule `none`: h into g1, d
+// into g2 backup   kBackup         read, only with has_backup state    kState1..3      read and
+// written steps    -               float32, one per tensor: read, and 1 added where the tensor was
+// updated
 //
 // Moves 8 elements per parameter with Adam, 6 with momentum. A tensor that lacks one of the
 // gradients is restored and not updated; a step with a norm that is not finite updates nothing.
 #include <torch/csrc/stable/library.h>
-
-#include <limits>
 
 #include "restore.h"
 
@@ -82,17 +80,9 @@ struct Step {
   const double* groups;
   const double* scalars;
   const float* steps;
-  double eps, max_norm;
   int evaluations;
-  bool perturbed, skipped;
+  bool perturbed, has_backup, skipped;
 };
-
-bool has_all_gradients(const Plan& plan, int64_t tensor, int evaluations) {
-  for (int k = 0; k < evaluations; ++k) {
-    if (!plan.at(TableRow(kGrad1 + k), tensor)) return false;
-  }
-  return true;
-}
 
 // The scalars of a tensor, kept for the next one: most neighbours are of one group and one age.
 template <typename T, BaseRule rule>
@@ -108,31 +98,30 @@ struct TensorScalars {
     group = tensor_group;
     age = tensor_age;
     const double* const columns = step.groups + group * kGroupColumns;
-    ascent =
-        ascent_scale(step.scalars[kMetricSq], columns, step.eps, std::numeric_limits<T>::max());
-    row = coefficients<T>(columns, step.scalars, step.max_norm);
+    ascent = ascent_scale<T>(step.scalars[kMetricSq], columns);
+    row = coefficients<T>(columns, step.scalars);
     base = rule_scalars<rule, T>(columns, double(age) + 1.0);
   }
 };
 
 template <typename T, BaseRule rule>
-UpdateArgs<T> segment_args(const Plan& plan, const TensorScalars<T, rule>& scalars, bool perturbed,
-                           int64_t tensor, int64_t begin, int64_t end) {
+UpdateArgs<T> segment_args(const Plan& plan, const Step& step,
+                           const TensorScalars<T, rule>& scalars, bool perturbed, int64_t tensor,
+                           int64_t begin, int64_t end) {
   UpdateArgs<T> args{};
   args.count = end - begin;
   args.p = segment<T>(plan, kParam, tensor, begin);
   T* const backup = segment<T>(plan, kBackup, tensor, begin);
-  args.source = perturbed && backup ? backup : args.p;
-  args.scale = perturbed && !backup ? scalars.ascent : T(0);
+  args.source = perturbed && step.has_backup ? backup : args.p;
+  args.scale = perturbed && !step.has_backup ? scalars.ascent : T(0);
   args.coefficients = scalars.row;
   args.rule = scalars.base;
+  // A gradient that is not used is read from the place of one that is, and moves nothing.
   for (int k = 0; k < 3; ++k) {
-    args.g[k] = segment<T>(plan, TableRow(kGrad1 + k), tensor, begin);
+    args.g[k] = k < step.evaluations ? segment<T>(plan, TableRow(kGrad1 + k), tensor, begin)
+                                     : args.g[k - 1];
     args.state[k] = segment<T>(plan, TableRow(kState1 + k), tensor, begin);
   }
-  // A gradient that is not used is read from the place of one that is, and moves nothing.
-  if (!args.g[1]) args.g[1] = args.g[0];
-  if (!args.g[2]) args.g[2] = args.g[1];
   const bool g1_used =
       rule == kNone || args.scale != T(0) || scalars.row.h[0] != T(0) || scalars.row.d[0] != T(0);
   if (!g1_used) args.g[0] = args.g[1];
@@ -140,9 +129,9 @@ UpdateArgs<T> segment_args(const Plan& plan, const TensorScalars<T, rule>& scala
 }
 
 template <typename T, BaseRule rule>
-void update_list(const Plan& plan, const Step& step, bool has_backup) {
+void update_list(const Plan& plan, const Step& step) {
   const auto update_loop = CompiledLoop<UpdateLoop<T, rule>>::choose();
-  const auto restore_loop = chosen_restore_loop<T>(has_backup);
+  const auto restore_loop = chosen_restore_loop<T>(step.has_backup);
   for_each_chunk(plan, [&](int64_t chunk) {
     TensorScalars<T, rule> scalars;
     for_each_segment(plan, chunk, [&](int64_t tensor, int64_t begin, int64_t end) {
@@ -151,7 +140,7 @@ void update_list(const Plan& plan, const Step& step, bool has_backup) {
       if (!update && !perturbed) return;
       scalars.refresh(step, plan.at(kGroup, tensor), step.steps[tensor]);
       if (update) {
-        update_loop(segment_args<T, rule>(plan, scalars, perturbed, tensor, begin, end));
+        update_loop(segment_args<T, rule>(plan, step, scalars, perturbed, tensor, begin, end));
       } else {
         restore_loop({segment<T>(plan, kParam, tensor, begin),
                       segment<T>(plan, kGrad1, tensor, begin),
@@ -162,45 +151,38 @@ void update_list(const Plan& plan, const Step& step, bool has_backup) {
 }
 
 template <typename T>
-void update_with_rule(int64_t base_rule, const Plan& plan, const Step& step, bool has_backup) {
+void update_with_rule(int64_t base_rule, const Plan& plan, const Step& step) {
   switch (base_rule) {
     case kNone:
-      return update_list<T, kNone>(plan, step, has_backup);
+      return update_list<T, kNone>(plan, step);
     case kSgd:
-      return update_list<T, kSgd>(plan, step, has_backup);
+      return update_list<T, kSgd>(plan, step);
     case kMomentum:
-      return update_list<T, kMomentum>(plan, step, has_backup);
+      return update_list<T, kMomentum>(plan, step);
     case kAdam:
-      return update_list<T, kAdam>(plan, step, has_backup);
+      return update_list<T, kAdam>(plan, step);
     case kAmsgrad:
-      return update_list<T, kAmsgrad>(plan, step, has_backup);
+      return update_list<T, kAmsgrad>(plan, step);
     default:
       STD_TORCH_CHECK(false, "base_rule is ", base_rule, ", expected 0 to ", int(kAmsgrad));
   }
 }
 
-bool all_finite(const double* scalars, int evaluations, bool check_second) {
-  return std::isfinite(scalars[kMetricSq]) && std::isfinite(scalars[kGrad1Sq]) &&
-         (!check_second || evaluations < 2 || std::isfinite(scalars[kGrad2Sq]));
-}
-
-void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype, Tensor groups,
-            Tensor scalars, Tensor flags, Tensor steps, int64_t base_rule, int64_t evaluations,
-            bool has_backup, bool check_second, bool count_skipped, double eps, double max_norm) {
+void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+            ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, Tensor steps,
+            int64_t base_rule, int64_t evaluations, bool has_backup, bool check_second,
+            bool count_skipped) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   check_tensor(steps, "steps", ScalarType::Float, plan.tensors);
-  STD_TORCH_CHECK(evaluations >= (base_rule == kNone ? 2 : 1) && evaluations <= 3,
-                  "evaluations is ", evaluations,
-                  ", expected 1 to 3, and 2 or 3 for the rule none");
+  check_evaluations(evaluations, base_rule);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
   float* const step_counts = static_cast<float*>(steps.mutable_data_ptr());
-  const bool skipped = !all_finite(scalar, int(evaluations), check_second);
-  const Step step{checked_groups(groups), scalar, step_counts, eps, max_norm, int(evaluations),
-                  flag[kPerturbed] != 0,  skipped};
-  with_dtype(dtype, [&](auto zero) {
-    update_with_rule<decltype(zero)>(base_rule, plan, step, has_backup);
-  });
+  const bool skipped = !all_finite(scalar, check_second);
+  const Step step{checked_groups(groups), scalar,     step_counts, int(evaluations),
+                  flag[kPerturbed] != 0,  has_backup, skipped};
+  with_dtype(dtype, grad_dtype,
+             [&](auto zero) { update_with_rule<decltype(zero)>(base_rule, plan, step); });
   flag[kPerturbed] = 0.0;
   if (skipped) {
     scalar[kSkipped] += count_skipped ? 1.0 : 0.0;

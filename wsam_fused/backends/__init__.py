@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from wsam_fused.backends import eager, native
+from wsam_fused.backends import eager, native, triton
 from wsam_fused.base_rules import BaseRule
-from wsam_fused.tensor_list import Settings, TensorList
+from wsam_fused.tensor_list import TensorList
 
 
 class Backend(Protocol):
@@ -22,13 +22,18 @@ class Backend(Protocol):
     Attributes:
         DEVICE_TYPES: Where parameters may be; empty for anywhere.
         DTYPES: Dtypes that parameters may have; empty for any floating one.
+        GRADIENT_DTYPES: Dtypes that gradients of such parameters may have besides.
     """
 
     DEVICE_TYPES: tuple[str, ...]
     DTYPES: tuple[torch.dtype, ...]
+    GRADIENT_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]]
 
     def unavailable(self) -> str | None:
         """Why this backend cannot be used here, or None."""
+
+    def device_problem(self, device: torch.device) -> str | None:
+        """Why it cannot be used on one device of a supported type, or None."""
 
     def bind(self, tensors: TensorList, evaluation: int, addresses: Tensor) -> None:
         """Take over the gradients of one evaluation, 0 for g1."""
@@ -36,22 +41,30 @@ class Backend(Protocol):
     def refresh(self, tensors: TensorList) -> None:
         """Take over the parameters' storage again after it moved."""
 
-    def reduce(self, tensors: TensorList, evaluation: int) -> None:
-        """Add the sums of squares of one gradient list to the shared scalars."""
+    def reduce(self, tensors: TensorList, evaluation: int, *, accumulate: bool) -> None:
+        """Write the sums of squares of one gradient list to the shared scalars, or add them."""
 
-    def perturb(self, tensors: TensorList, settings: Settings, *, undo: bool = False) -> None:
+    def perturb(self, tensors: TensorList, *, undo: bool = False) -> None:
         """Move the parameters to the ascent point, or with ``undo`` back to w."""
 
     def update(
         self,
         tensors: TensorList,
-        settings: Settings,
         rule: BaseRule,
         evaluations: int,
         *,
+        check_second: bool,
         count_skipped: bool,
     ) -> None:
-        """Restore w, step the base rule and subtract the decoupled term."""
+        """Restore w, step the base rule and subtract the decoupled term.
+
+        Args:
+            tensors: The parameters.
+            rule: The base rule.
+            evaluations: How many gradients there are.
+            check_second: The norm of g2 is known; skip the step if it is not finite.
+            count_skipped: Add a skipped step to the counter.
+        """
 
 
 class Choice(NamedTuple):
@@ -62,8 +75,17 @@ class Choice(NamedTuple):
 
 
 # In the order of preference: the first that is available and supports the parameters is taken.
-BACKENDS: dict[str, Backend] = {"cpu": native, "eager": eager}
-NAMES = ("auto", *BACKENDS)
+BACKENDS: dict[str, Backend] = {
+    "cpu": native.CPU,
+    "cuda": native.CUDA,
+    "triton": triton.TRITON,
+    "eager": eager,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Return what ``backend`` may be."""
+    return ("auto", *BACKENDS)
 
 
 def select(
@@ -82,8 +104,9 @@ def select(
         RuntimeError: The backend asked for cannot be used on this machine.
         ValueError: It does not support the device or dtype, or there is no such backend.
     """
-    if requested not in NAMES:
-        raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, NAMES))}")
+    if requested not in names():
+        known = ", ".join(map(repr, names()))
+        raise ValueError(f"backend is {requested!r}, expected one of {known}")
     if requested != "auto":
         _require(requested, device, dtype)
         if walkable or requested == "eager":
@@ -92,26 +115,38 @@ def select(
         return Choice("eager", "empty or not a dense block of memory")
     reasons: list[str] = []
     for name, backend in BACKENDS.items():
-        reason = backend.unavailable() or _unsupported(backend, device, dtype)
+        if _wrong_device(backend, device):
+            continue  # goes without saying
+        reason = _wrong_dtype(backend, dtype) or backend.unavailable()
+        reason = reason or backend.device_problem(device)
         if reason is None:
-            return Choice(name, "; ".join(reasons) or "the fastest for this device")
+            best = "the fastest" if BACKENDS[name] is not eager else f"the only one for {device}"
+            return Choice(name, "; ".join(reasons) or best)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("eager supports everything")
 
 
 def _require(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    reason = BACKENDS[name].unavailable()
+    backend = BACKENDS[name]
+    reason = backend.unavailable()
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
-    reason = _unsupported(BACKENDS[name], device, dtype)
+    reason = _wrong_device(backend, device) or _wrong_dtype(backend, dtype)
     if reason is not None:
         raise ValueError(f"backend {name!r} {reason}; use backend='auto' or 'eager'")
+    reason = backend.device_problem(device)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used on {device}: {reason}")
 
 
-def _unsupported(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    if backend.DEVICE_TYPES and device.type not in backend.DEVICE_TYPES:
-        return f"supports parameters on {', '.join(backend.DEVICE_TYPES)}, not on {device.type}"
-    if backend.DTYPES and dtype not in backend.DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in backend.DTYPES)
-        return f"supports {names} parameters, not {str(dtype).removeprefix('torch.')}"
-    return None
+def _wrong_device(backend: Backend, device: torch.device) -> str | None:
+    if not backend.DEVICE_TYPES or device.type in backend.DEVICE_TYPES:
+        return None
+    return f"supports parameters on {', '.join(backend.DEVICE_TYPES)}, not on {device.type}"
+
+
+def _wrong_dtype(backend: Backend, dtype: torch.dtype) -> str | None:
+    if not backend.DTYPES or dtype in backend.DTYPES:
+        return None
+    supported = ", ".join(str(d).removeprefix("torch.") for d in backend.DTYPES)
+    return f"supports {supported} parameters, not {str(dtype).removeprefix('torch.')}"

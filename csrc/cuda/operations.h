@@ -1,0 +1,120 @@
+// The three operations on a GPU, from the arguments of ops.cpp to one launch each. Executor is who
+// runs a kernel: the device (launch.cuh), or in the tests a loop over blocks and threads.
+#pragma once
+
+#include <type_traits>
+
+#include "../check.h"
+#include "reduce.h"
+#include "update.h"
+
+namespace wsam_fused {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// Calls body with a value of the C++ types of parameters and gradients.
+template <typename Body>
+void with_dtypes(ScalarType dtype, ScalarType grad_dtype, const Body& body) {
+  if (dtype == ScalarType::Float) {
+    if (grad_dtype == ScalarType::Float) return body(float{}, float{});
+    if (grad_dtype == ScalarType::BFloat16) return body(float{}, BFloat16{});
+    if (grad_dtype == ScalarType::Half) return body(float{}, Half{});
+  } else if (dtype == grad_dtype) {
+    if (dtype == ScalarType::BFloat16) return body(BFloat16{}, BFloat16{});
+    if (dtype == ScalarType::Half) return body(Half{}, Half{});
+    if (dtype == ScalarType::Double) return body(double{}, double{});
+  }
+  STD_TORCH_CHECK(false, "dtype and grad_dtype are none of the pairs that are compiled");
+}
+
+// Calls body with a compile-time constant for the base rule.
+template <typename Body>
+void with_rule(int64_t base_rule, const Body& body) {
+  switch (base_rule) {
+    case kNone:
+      return body(std::integral_constant<BaseRule, kNone>{});
+    case kSgd:
+      return body(std::integral_constant<BaseRule, kSgd>{});
+    case kMomentum:
+      return body(std::integral_constant<BaseRule, kMomentum>{});
+    case kAdam:
+      return body(std::integral_constant<BaseRule, kAdam>{});
+    case kAmsgrad:
+      return body(std::integral_constant<BaseRule, kAmsgrad>{});
+    default:
+      STD_TORCH_CHECK(false, "base_rule is ", base_rule, ", expected 0 to ", int(kAmsgrad));
+  }
+}
+
+template <typename Executor>
+void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+            ScalarType grad_dtype, Tensor partials, Tensor scalars, Tensor flags, int64_t gradient,
+            int64_t geometry, bool accumulate) {
+  const Plan plan = checked_plan(table, chunks, chunk_size);
+  check_gradient(gradient);
+  double* const partial = checked_doubles(partials, "partials", 2 * plan.chunks);
+  double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
+  double* const flag = checked_doubles(flags, "flags", kFlags);
+  check_one_device(table, {&chunks, &partials, &scalars, &flags});
+  with_dtypes(dtype, grad_dtype, [&](auto p, auto g) {
+    using P = decltype(p);
+    using G = decltype(g);
+    if (geometry == kAdaptive && gradient == kGrad1) {
+      using Op = Reduce<P, G, kAdaptive>;
+      Executor::reduce(Op{plan, partial, scalar, flag, kGrad1, accumulate}, table);
+    } else {
+      // Without the metric the parameters are not read: one kernel for each type of gradient.
+      using Op = Reduce<G, G, kEuclidean>;
+      Executor::reduce(Op{plan, partial, scalar, flag, TableRow(gradient), accumulate}, table);
+    }
+  });
+}
+
+template <typename Executor>
+void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+             ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, int64_t geometry,
+             bool has_backup, bool undo) {
+  const Plan plan = checked_plan(table, chunks, chunk_size);
+  const double* const group_rows = checked_groups(groups);
+  const double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
+  double* const flag = checked_doubles(flags, "flags", kFlags);
+  check_geometry(geometry, has_backup);
+  check_one_device(table, {&chunks, &groups, &scalars, &flags});
+  with_dtypes(dtype, grad_dtype, [&](auto p, auto g) {
+    using P = decltype(p);
+    using G = decltype(g);
+    if (geometry == kAdaptive) {
+      using Op = Perturb<P, G, kAdaptive>;
+      Executor::walk(Op{plan, group_rows, scalar, flag, has_backup, undo}, table);
+    } else {
+      using Op = Perturb<P, G, kEuclidean>;
+      Executor::walk(Op{plan, group_rows, scalar, flag, has_backup, undo}, table);
+    }
+  });
+}
+
+template <typename Executor>
+void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+            ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, Tensor steps,
+            int64_t base_rule, int64_t evaluations, bool has_backup, bool check_second,
+            bool count_skipped) {
+  const Plan plan = checked_plan(table, chunks, chunk_size);
+  const double* const group_rows = checked_groups(groups);
+  double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
+  double* const flag = checked_doubles(flags, "flags", kFlags);
+  check_tensor(steps, "steps", ScalarType::Float, plan.tensors);
+  check_evaluations(evaluations, base_rule);
+  check_one_device(table, {&chunks, &groups, &scalars, &flags, &steps});
+  float* const counts = static_cast<float*>(steps.mutable_data_ptr());
+  with_dtypes(dtype, grad_dtype, [&](auto p, auto g) {
+    with_rule(base_rule, [&](auto rule) {
+      using Op = Update<decltype(p), decltype(g), decltype(rule)::value>;
+      Executor::walk(Op{plan, group_rows, scalar, flag, counts, int(evaluations), has_backup,
+                        check_second, count_skipped},
+                     table);
+    });
+  });
+}
+
+}  // namespace wsam_fused

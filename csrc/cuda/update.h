@@ -1,0 +1,168 @@
+// update_ on a GPU: what cpu/update.cpp states. Parameters and gradients may be of low precision,
+// states are float32 (float64 for float64 parameters), as is the arithmetic; every result is
+// rounded once, when it is stored.
+#pragma once
+
+#include "perturb.h"
+
+namespace wsam_fused {
+
+template <typename P, typename G, BaseRule rule>
+struct Update {
+  using T = typename ComputeType<P>::type;
+  static constexpr int kStates = state_count(rule);
+  static constexpr int kWidth = vector_width(kStates > 0 ? sizeof(T) : sizeof(P));
+  // 4 of 8: at most 64 registers, half of the threads that a multiprocessor holds.
+  static constexpr int kBlocksPerProcessor = sizeof(T) == sizeof(float) ? 4 : 2;
+
+  enum Work : int { kLeave = 0, kRestore, kUpdate };
+
+  struct Slot {
+    Place place;
+    P* p;
+    const P* source;  // where w is restored from: p or the backup
+    G* g[3];
+    T* state[3];
+    int64_t group;
+    float age;
+    T ascent;  // of the group
+    T scale;   // of the perturbation to be undone, 0 if source holds w itself
+    Coefficients<T> row;
+    RuleScalars<T> base;
+    Work work;
+    bool aligned;
+
+    // Shared memory begins with anything; fill() keeps scalars that fit the next tensor too.
+    WSAM_HOST_DEVICE void forget() { group = -1; }
+  };
+
+  Plan plan;
+  const double* groups;
+  double* scalars;
+  double* flags;
+  float* steps;
+  int evaluations;
+  bool has_backup, check_second, count_skipped;
+
+  struct Step {
+    bool active, perturbed, skipped;
+  };
+
+  WSAM_HOST_DEVICE Step begin() const {
+    const bool skipped = !all_finite(scalars, check_second);
+    const bool perturbed = flags[kPerturbed] != 0;
+    return {perturbed || !skipped, perturbed, skipped};
+  }
+
+  WSAM_HOST_DEVICE void fill(Slot& slot, int64_t chunk, int64_t tensor, const Step& step) const {
+    const bool perturbed = step.perturbed && plan.at(kGrad1, tensor);
+    const bool update = !step.skipped && has_all_gradients(plan, tensor, evaluations);
+    slot.place = place_of(plan, chunk, tensor);
+    slot.work = update ? kUpdate : perturbed ? kRestore : kLeave;
+    if (slot.work == kLeave) return;
+    fill_scalars(slot, plan.at(kGroup, tensor), steps[tensor]);
+    fill_addresses(slot, tensor, perturbed);
+  }
+
+  WSAM_HOST_DEVICE void work(const Window& window, const Slot* slots, int thread) const {
+    for_each_share<kWidth>(window, slots, thread,
+                           [&](const Slot& slot, int begin, int end, int stride) {
+                             if (slot.work == kLeave) return;
+                             for (int i = begin; i < end; i += stride) {
+                               const Piece piece = piece_at<kWidth>(i, end, slot.aligned);
+                               if (slot.work == kUpdate) {
+                                 update(slot, piece);
+                               } else {
+                                 restore<kWidth>(slot.p, slot.source, slot.g[0], slot.scale, piece);
+                               }
+                             }
+                           });
+  }
+
+  // Run by the block that is last, when no other reads what is written here.
+  WSAM_HOST_DEVICE void finish(int thread, const Step& step) const {
+    for (int64_t tensor = thread; tensor < plan.tensors && !step.skipped; tensor += kThreads) {
+      if (has_all_gradients(plan, tensor, evaluations)) steps[tensor] += 1.0f;
+    }
+    if (thread != 0) return;
+    flags[kPerturbed] = 0.0;
+    if (step.skipped && count_skipped) scalars[kSkipped] += 1.0;
+  }
+
+ private:
+  WSAM_HOST_DEVICE void fill_scalars(Slot& slot, int64_t group, float age) const {
+    if (slot.group == group && slot.age == age) return;
+    const double* const columns = groups + group * kGroupColumns;
+    slot.group = group;
+    slot.age = age;
+    slot.ascent = ascent_scale<T>(scalars[kMetricSq], columns);
+    slot.row = coefficients<T>(columns, scalars);
+    slot.base = rule_scalars<rule, T>(columns, double(age) + 1.0);
+  }
+
+  WSAM_HOST_DEVICE void fill_addresses(Slot& slot, int64_t tensor, bool perturbed) const {
+    slot.p = start<P>(plan, kParam, tensor, slot.place);
+    slot.source = perturbed && has_backup ? start<P>(plan, kBackup, tensor, slot.place) : slot.p;
+    slot.scale = perturbed && !has_backup ? slot.ascent : T(0);
+    bool aligned = is_aligned<kWidth>(slot.p) && is_aligned<kWidth>(slot.source);
+    // A gradient that is not used is read from the place of one that is, and moves nothing.
+    for (int k = 0; k < 3; ++k) {
+      const bool there = k == 0 || (k < evaluations && slot.work == kUpdate);
+      slot.g[k] = there ? start<G>(plan, TableRow(kGrad1 + k), tensor, slot.place) : slot.g[k - 1];
+      aligned = aligned && is_aligned<kWidth>(slot.g[k]);
+    }
+    const bool first_used =
+        rule == kNone || slot.scale != T(0) || slot.row.h[0] != T(0) || slot.row.d[0] != T(0);
+    if (!first_used) slot.g[0] = slot.g[1];
+    for (int k = 0; k < kStates; ++k) {
+      slot.state[k] = start<T>(plan, TableRow(kState1 + k), tensor, slot.place);
+      aligned = aligned && is_aligned<kWidth>(slot.state[k]);
+    }
+    slot.aligned = aligned;
+  }
+
+  WSAM_HOST_DEVICE void update(const Slot& slot, const Piece& piece) const {
+    // At most two states are loaded with the gradients: a third one would not fit the registers.
+    constexpr int kEarly = kStates < 2 ? kStates : 2;
+    T w[kWidth], h[kWidth], d[kWidth], state[3][kWidth] = {};
+    {
+      T x1[kWidth], x2[kWidth], x3[kWidth] = {};
+      load<kWidth>(slot.source, piece, w);
+      load<kWidth>(slot.g[0], piece, x1);
+      load<kWidth>(slot.g[1], piece, x2);
+      if (evaluations == 3) load<kWidth>(slot.g[2], piece, x3);
+      WSAM_UNROLL
+      for (int s = 0; s < kEarly; ++s) load<kWidth>(slot.state[s], piece, state[s]);
+      WSAM_UNROLL
+      for (int k = 0; k < kWidth; ++k) {
+        if (slot.scale != T(0)) w[k] = recomputed(w[k], x1[k], slot.scale);
+        h[k] = combined(slot.row.h, x1[k], x2[k], x3[k]);
+        d[k] = combined(slot.row.d, x1[k], x2[k], x3[k]);
+      }
+    }
+    if constexpr (rule == kNone) {
+      store<kWidth>(slot.g[0], piece, h);
+      store<kWidth>(slot.g[1], piece, d);
+    } else {
+      WSAM_UNROLL
+      for (int s = kEarly; s < kStates; ++s) load<kWidth>(slot.state[s], piece, state[s]);
+      step_rule(slot, w, h, d, state);
+    }
+    store<kWidth>(slot.p, piece, w);
+    WSAM_UNROLL
+    for (int s = 0; s < kStates; ++s) store<kWidth>(slot.state[s], piece, state[s]);
+  }
+
+  static WSAM_HOST_DEVICE void step_rule(const Slot& slot, T (&w)[kWidth], const T (&h)[kWidth],
+                                         const T (&d)[kWidth], T (&state)[3][kWidth]) {
+    WSAM_UNROLL
+    for (int k = 0; k < kWidth; ++k) {
+      T mine[3] = {state[0][k], state[1][k], state[2][k]};
+      w[k] = fused_multiply_add(-slot.base.lr, d[k], base_step<rule>(w[k], h[k], mine, slot.base));
+      WSAM_UNROLL
+      for (int s = 0; s < kStates; ++s) state[s][k] = mine[s];
+    }
+  }
+};
+
+}  // namespace wsam_fused

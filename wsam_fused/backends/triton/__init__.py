@@ -1,0 +1,141 @@
+"""Triton kernels for GPUs: needs no compiler on the user's machine.
+
+Triton is imported when the backend is asked for first, never by importing this package.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from wsam_fused.backends import gpu, pointers
+from wsam_fused.backends.pointers import GRADIENT_ROWS, table_of
+from wsam_fused.base_rules import BaseRule
+from wsam_fused.tensor_list import TensorList
+
+OLDEST_TRITON = (3, 6)
+
+
+class TritonBackend:
+    """The three operations as Triton kernels, compiled when they are launched first."""
+
+    DEVICE_TYPES: tuple[str, ...] = ("cuda",)
+    DTYPES = gpu.DTYPES
+    GRADIENT_DTYPES = gpu.GRADIENT_DTYPES
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot be used here, or None."""
+        if not torch.cuda.is_available():
+            return _no_gpu()
+        return import_problem()
+
+    def device_problem(self, device: torch.device) -> str | None:
+        """Why the kernels cannot run on one GPU, or None."""
+        return gpu.too_old(device)
+
+    def bind(self, tensors: TensorList, evaluation: int, addresses: Tensor) -> None:
+        """Take over the addresses of the gradients of one evaluation, 0 for g1."""
+        pointers.bind(tensors, evaluation, addresses, gpu.chunk_size)
+
+    def refresh(self, tensors: TensorList) -> None:
+        """Take over the addresses of the parameters and of what a restore reads again."""
+        pointers.refresh(tensors)
+
+    def reduce(self, tensors: TensorList, evaluation: int, *, accumulate: bool) -> None:
+        """Write the sums of squares of one gradient list to the shared scalars, or add them."""
+        kernel = _module("reduce")
+        with self.on_device(tensors.key.device):
+            programs = self.programs(tensors, kernel.PROGRAMS_PER_PROCESSOR)
+            kernel.launch(tensors, programs, GRADIENT_ROWS[evaluation], accumulate=accumulate)
+
+    def perturb(self, tensors: TensorList, *, undo: bool = False) -> None:
+        """Move the parameters to the ascent point, or with ``undo`` back to w."""
+        kernel = _module("perturb")
+        if not undo:
+            pointers.bind_backups(tensors)
+        with self.on_device(tensors.key.device):
+            programs = self.programs(tensors, kernel.PROGRAMS_PER_PROCESSOR)
+            kernel.launch(tensors, programs, undo=undo)
+        if undo:  # the reader of the gradients has told autograd of the rest
+            increment_version(tensors.params)
+
+    def update(
+        self,
+        tensors: TensorList,
+        rule: BaseRule,
+        evaluations: int,
+        *,
+        check_second: bool,
+        count_skipped: bool,
+    ) -> None:
+        """Restore w, step the base rule and subtract the decoupled term."""
+        kernel = _module("update")
+        with self.on_device(tensors.key.device):
+            per_processor = kernel.programs_per_processor(tensors.key.dtype, rule)
+            kernel.launch(
+                tensors,
+                self.programs(tensors, per_processor),
+                rule,
+                evaluations,
+                check_second=check_second and evaluations > 1,
+                count_skipped=count_skipped,
+            )
+
+    def on_device(self, device: torch.device) -> AbstractContextManager[object]:
+        """Make ``device`` the one that kernels are launched on."""
+        return torch.cuda.device(device)
+
+    def programs(self, tensors: TensorList, per_processor: int) -> int:
+        """How many programs share the chunks of a list."""
+        chunks = table_of(tensors).chunks.shape[0]
+        return min(chunks, per_processor * _processors(tensors.key.device))
+
+
+def _no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} has no GPU support; install a CUDA build of torch"
+    return "torch finds no GPU; check the driver with nvidia-smi"
+
+
+@cache
+def import_problem() -> str | None:
+    """Why the kernels cannot be imported, or None."""
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    try:
+        found = str(import_module("triton").__version__)
+        numbers = re.match(r"(\d+)\.(\d+)", found)
+        if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TRITON:
+            return f"triton {found} is too old; run: pip install 'triton>={oldest}'"
+        for name in ("reduce", "perturb", "update"):
+            _module(name)
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return f"triton is not installed; run: pip install 'triton>={oldest}'"
+        return _cannot_import(error)
+    except Exception as error:  # whatever is wrong with it, there are other backends
+        return _cannot_import(error)
+    return None
+
+
+def _cannot_import(error: Exception) -> str:
+    return f"triton cannot be imported, install it again: {type(error).__name__}: {error}"
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name}")
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+TRITON = TritonBackend()

@@ -1,0 +1,244 @@
+# mypy: disable-error-code="assignment, no-untyped-def, no-untyped-call, untyped-decorator"
+"""The arithmetic of the Triton kernels: that of ``csrc/math.h``, operation by operation.
+
+Everything that a step needs once is formed in float64 and rounded to T, the type that elements are
+computed in. Products that are added are written as fma, and nothing else is contracted
+(``enable_fp_fusion=False``), so that the restore undoes the perturbation with the same operation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+from wsam_fused.backends.triton.constants import (
+    ADAPTIVE,
+    COLUMN,
+    LARGEST_DOUBLE,
+    LARGEST_FLOAT,
+    RULES,
+    SLOT,
+)
+
+
+@triton.jit
+def is_finite(x):
+    """Whether x is neither infinite nor NaN."""
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def divided(a, b, T: tl.constexpr):
+    """A / b, rounded to nearest; ``/`` alone is that in float64 only."""
+    if T == tl.float64:
+        quotient = a / b
+    else:
+        quotient = tl.div_rn(a, b)
+    return quotient
+
+
+@triton.jit
+def square_root(x, T: tl.constexpr):
+    """The root of x, rounded to nearest."""
+    if T == tl.float64:
+        root = tl.sqrt(x)
+    else:
+        root = tl.sqrt_rn(x)
+    return root
+
+
+@triton.jit
+def larger(a, b):
+    """max(a, b), where a NaN stays, as in ``torch.maximum``."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+# ---- the perturbation ---------------------------------------------------------------------------
+
+
+@triton.jit
+def ascent_scale(metric_sq, group, T: tl.constexpr):
+    """Rho / (norm + eps) with its sign, and 0 where the norm is 0.
+
+    A scale beyond the range of T is held at its largest finite value.
+    """
+    norm = tl.sqrt(metric_sq)
+    ratio = tl.load(group + COLUMN.value.rho) / (norm + tl.load(group + COLUMN.value.ascent_eps))
+    scale = tl.where(norm > 0, ratio, 0.0)
+    if T == tl.float64:
+        scale = tl.where(scale < LARGEST_DOUBLE, scale, LARGEST_DOUBLE)
+    else:
+        scale = tl.where(scale < LARGEST_FLOAT, scale, LARGEST_FLOAT)
+    return (tl.load(group + COLUMN.value.sign) * scale).to(T)
+
+
+@triton.jit
+def perturbed(w, g, scale, GEOMETRY: tl.constexpr):
+    """P = fma(s, M g, w); the metric M is w^2 or 1."""
+    if GEOMETRY == ADAPTIVE:
+        g = w * w * g
+    return tl.fma(scale, g, w)
+
+
+@triton.jit
+def recomputed(p, g, scale):
+    """W = fma(-s, g, p): only where the metric is 1. A scale of 0 leaves p, bit for bit."""
+    return tl.where(scale != 0, tl.fma(-scale, g, p), p)
+
+
+# ---- the coefficients of a step -----------------------------------------------------------------
+
+
+class Coefficients(NamedTuple):
+    """Weights of the gradients in h and d, with sign and clipping; scalars of type T."""
+
+    h1: Any
+    h2: Any
+    h3: Any
+    d1: Any
+    d2: Any
+    d3: Any
+
+
+@triton.jit
+def all_finite(scalars, check_second):
+    """Whether all norms are finite; a step in which one is not updates nothing."""
+    finite = is_finite(tl.load(scalars + SLOT.value.METRIC_SQ)) & is_finite(
+        tl.load(scalars + SLOT.value.GRAD1_SQ)
+    )
+    return finite & (is_finite(tl.load(scalars + SLOT.value.GRAD2_SQ)) | (check_second == 0))
+
+
+@triton.jit
+def clip_factor(sum_sq, max_norm):
+    """min(1, max_norm / (norm + 1e-6)); a negative max_norm is none."""
+    factor = max_norm / (tl.sqrt(sum_sq) + 1e-6)
+    return tl.where((max_norm >= 0) & (factor < 1), factor, 1.0)
+
+
+@triton.jit
+def coefficients(group, scalars, T: tl.constexpr):
+    """The row of a group for this step."""
+    sign = tl.load(group + COLUMN.value.sign)
+    max_norm = tl.load(group + COLUMN.value.max_norm)
+    first = sign * clip_factor(tl.load(scalars + SLOT.value.GRAD1_SQ), max_norm)
+    second = sign * clip_factor(tl.load(scalars + SLOT.value.GRAD2_SQ), max_norm)
+    return Coefficients(
+        (tl.load(group + COLUMN.value.h1) * first).to(T),
+        (tl.load(group + COLUMN.value.h2) * second).to(T),
+        (tl.load(group + COLUMN.value.h3) * sign).to(T),
+        (tl.load(group + COLUMN.value.d1) * first).to(T),
+        (tl.load(group + COLUMN.value.d2) * second).to(T),
+        (tl.load(group + COLUMN.value.d3) * sign).to(T),
+    )
+
+
+@triton.jit
+def weighted(coefficient, g, total):
+    """fma(c, g, total); a coefficient of 0 takes the gradient out: 0 * inf must not poison."""
+    return tl.where(coefficient != 0, tl.fma(coefficient, g, total), total)
+
+
+# ---- the base rules -----------------------------------------------------------------------------
+
+
+class SgdScalars(NamedTuple):
+    """What SGD needs besides h, of type T."""
+
+    lr: Any
+    l2: Any
+
+
+class MomentumScalars(NamedTuple):
+    """What SGD with momentum needs besides h, of type T."""
+
+    lr: Any
+    l2: Any
+    momentum: Any
+    damped: Any  # 1 - dampening, 1 in the first step
+    nesterov: Any
+
+
+class AdamScalars(NamedTuple):
+    """What Adam and AMSGrad need besides h, of type T."""
+
+    lr: Any
+    l2: Any
+    keep: Any  # 1 - lr * decay
+    beta2: Any
+    rest1: Any  # 1 - beta1
+    rest2: Any  # 1 - beta2
+    step_size: Any  # lr / (1 - beta1^t)
+    root_scale: Any  # 1 / sqrt(1 - beta2^t)
+    eps: Any
+
+
+@triton.jit
+def power(x, t):
+    """x^t for a whole t >= 0 by squaring, in the order of ``csrc/math.h``."""
+    result = tl.full((), 1.0, tl.float64)
+    rest = t.to(tl.int32)
+    while rest > 0:
+        result = tl.where(rest % 2 == 1, result * x, result)
+        x = x * x
+        rest = rest // 2
+    return result
+
+
+@triton.jit
+def rule_scalars(group, t, T: tl.constexpr, RULE: tl.constexpr):
+    """The scalars of a group for parameters that are updated for the t-th time (float64)."""
+    lr = tl.load(group + COLUMN.value.lr)
+    l2 = tl.load(group + COLUMN.value.l2).to(T)
+    beta1 = tl.load(group + COLUMN.value.beta1)
+    beta2 = tl.load(group + COLUMN.value.beta2)
+    if RULE == RULES.value.MOMENTUM:
+        damped = tl.where(t > 1, 1.0 - beta2, 1.0).to(T)
+        nesterov = tl.load(group + COLUMN.value.nesterov).to(T)
+        scalars = MomentumScalars(lr.to(T), l2, beta1.to(T), damped, nesterov)
+    elif RULE == RULES.value.ADAM or RULE == RULES.value.AMSGRAD:
+        scalars = AdamScalars(
+            lr.to(T),
+            l2,
+            (1.0 - lr * tl.load(group + COLUMN.value.decay)).to(T),
+            beta2.to(T),
+            (1.0 - beta1).to(T),
+            (1.0 - beta2).to(T),
+            (lr / (1.0 - power(beta1, t))).to(T),
+            (1.0 / tl.sqrt(1.0 - power(beta2, t))).to(T),
+            tl.load(group + COLUMN.value.eps).to(T),
+        )
+    else:
+        scalars = SgdScalars(lr.to(T), l2)
+    return scalars
+
+
+@triton.jit
+def sgd_step(w, u, s):
+    """W - lr u."""
+    return tl.fma(-s.lr, u, w)
+
+
+@triton.jit
+def momentum_step(w, u, velocity, s):
+    """The new w and velocity of SGD with momentum, dampening and Nesterov."""
+    velocity = tl.fma(s.momentum, velocity, s.damped * u)
+    direction = tl.where(s.nesterov != 0, tl.fma(s.momentum, velocity, u), velocity)
+    return tl.fma(-s.lr, direction, w), velocity
+
+
+@triton.jit
+def adam_averages(u, average, square, s):
+    """The new exponential averages of u and u^2."""
+    average = tl.fma(s.rest1, u - average, average)
+    square = tl.fma(s.rest2 * u, u, s.beta2 * square)
+    return average, square
+
+
+@triton.jit
+def adam_step(w, average, square, s, T: tl.constexpr):
+    """W after a step along the average; the weight decay of AdamW is in ``s.keep``."""
+    root = tl.fma(square_root(square, T), s.root_scale, s.eps)
+    return w * s.keep - s.step_size * divided(average, root, T)

@@ -1,0 +1,194 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""update: restore w, form h and d, step the base rule, subtract lr d; one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+from wsam_fused.backends.triton.constants import (
+    AT_RUN_TIME,
+    FLAG,
+    OPTIONS,
+    ROW,
+    SLOT,
+    TRITON_DTYPES,
+    block_size,
+    compute_dtype,
+)
+from wsam_fused.backends.triton.math import all_finite
+from wsam_fused.backends.triton.update_segment import (
+    Step,
+    has_all_gradients,
+    step_segment,
+    tensor_scalars,
+)
+from wsam_fused.backends.triton.walk import (
+    cell,
+    is_last_program,
+    last_tensor,
+    segment,
+)
+from wsam_fused.base_rules import BaseRule
+from wsam_fused.tensor_list import TensorList
+
+_TENSORS = 256
+
+
+@triton.jit
+def _finish(
+    table,
+    scalars,
+    flags,
+    steps,
+    tensors,
+    step,
+    count_skipped,
+    EVALUATIONS: tl.constexpr,
+    TENSORS: tl.constexpr,
+):
+    """Count the step, when no other program reads what is written here."""
+    if step.skipped:
+        if count_skipped != 0:
+            tl.store(scalars + SLOT.value.SKIPPED, tl.load(scalars + SLOT.value.SKIPPED) + 1.0)
+    else:
+        for first in range(0, tensors, TENSORS):
+            tensor = first + tl.arange(0, TENSORS)
+            there = tensor < tensors
+            # Lanes behind the last tensor ask for it again, and write nothing.
+            has = has_all_gradients(table, tensors, tl.minimum(tensor, tensors - 1), EVALUATIONS)
+            age = tl.load(steps + tensor, mask=there, other=0.0)
+            tl.store(steps + tensor, age + 1.0, mask=there & has)
+    tl.store(flags + FLAG.value.PERTURBED, 0.0)
+
+
+@triton.jit(do_not_specialize=AT_RUN_TIME)
+def _update_kernel(
+    table,
+    first_tensor,
+    groups,
+    scalars,
+    flags,
+    steps,
+    tensors,
+    chunks,
+    chunk_size,
+    check_second,
+    count_skipped,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    RULE: tl.constexpr,
+    EVALUATIONS: tl.constexpr,
+    HAS_BACKUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TENSORS: tl.constexpr,
+):
+    """From w = fma(-s, g1, p), or the backup, to w' = rule(w, h; state) - lr d.
+
+    h = sum of h_k g_k, d = sum of d_k g_k; sign and clipping are in the coefficients.
+
+    operand  row             access
+    p        kParam          read (where w is recomputed or was not perturbed) and written
+    g1..g3   kGrad1..kGrad3  as many as EVALUATIONS; read; written by NONE: h into g1, d into g2
+    backup   kBackup         read, only with HAS_BACKUP
+    state    kState1..3      read and written, float32 or float64
+    steps    -               float32, one per tensor: read, and 1 added where it was updated
+
+    Moves 8 elements per parameter with Adam, 6 with momentum. A tensor that lacks one of the
+    gradients is restored and not updated; a step with a norm that is not finite updates nothing.
+    """
+    step = Step(all_finite(scalars, check_second) == 0, tl.load(flags + FLAG.value.PERTURBED) != 0)
+    known = tensor_scalars(groups, scalars, tl.zeros((), tl.int32), 0.0, T, RULE)
+    chunk = tl.where(step.skipped & (step.perturbed == 0), chunks, tl.program_id(0))
+    while chunk < chunks:
+        tensor = tl.load(first_tensor + chunk).to(tl.int32)
+        last = last_tensor(first_tensor, chunk, tensors, chunks)
+        while tensor <= last:
+            group = cell(table, ROW.value.GROUP, tensors, tensor).to(tl.int32)
+            age = tl.load(steps + tensor)
+            if (group != known.group) | (age != known.age):
+                known = tensor_scalars(groups, scalars, group, age, T, RULE)
+            begin, count = segment(table, tensors, tensor, chunk, chunk_size)
+            # fmt: off
+            step_segment(
+                table, tensors, tensor, begin, count, step, known,
+                P, G, T, RULE, EVALUATIONS, HAS_BACKUP, BLOCK,
+            )
+            # fmt: on
+            tensor += 1
+        chunk += tl.num_programs(0)
+    # Only now does no other program read the flags, the steps and the scalars any more.
+    if is_last_program(flags):
+        _finish(table, scalars, flags, steps, tensors, step, count_skipped, EVALUATIONS, TENSORS)
+
+
+def programs_per_processor(dtype: torch.dtype, rule: BaseRule) -> int:
+    """How many fit: the registers of a multiprocessor among those that a program takes.
+
+    At most 64 a thread without a second state; with it about 80, in float64 100.
+    """
+    if len(rule.state_keys) < 2:
+        return 4
+    return 2 if dtype == torch.float64 else 3
+
+
+def launch(
+    tensors: TensorList,
+    programs: int,
+    rule: BaseRule,
+    evaluations: int,
+    *,
+    check_second: bool,
+    count_skipped: bool,
+) -> None:
+    """Launch on the current stream of the current device, without waiting for anything."""
+    table = tensors.table
+    assert table is not None
+    _update_kernel[(programs,)](
+        table.table,
+        table.chunks,
+        tensors.shared.groups,
+        tensors.shared.scalars,
+        tensors.flags,
+        tensors.steps,
+        table.table.shape[1],
+        table.chunks.shape[0],
+        table.chunk_size,
+        int(check_second),
+        int(count_skipped),
+        **operands(
+            tensors.key.dtype,
+            tensors.grad_dtype,
+            rule,
+            evaluations,
+            has_backup=tensors.backups is not None,
+        ),
+        **OPTIONS,
+    )
+
+
+def operands(
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    rule: BaseRule,
+    evaluations: int,
+    *,
+    has_backup: bool,
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    wide = compute_dtype(dtype)
+    return {
+        "P": TRITON_DTYPES[dtype],
+        "G": TRITON_DTYPES[grad_dtype],
+        "T": TRITON_DTYPES[wide],
+        "RULE": int(rule),
+        "EVALUATIONS": evaluations,
+        "HAS_BACKUP": has_backup,
+        # A vector of the widest operand: low precision alone has no states of float32.
+        "BLOCK": block_size(wide if rule.state_keys else dtype),
+        "TENSORS": _TENSORS,
+    }

@@ -1,0 +1,127 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""What update does with one tensor within a chunk: where it is, its scalars, what is to be done."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+from wsam_fused.backends.triton.constants import COLUMNS, ROW, RULES, SLOT
+from wsam_fused.backends.triton.math import ascent_scale, coefficients, rule_scalars
+from wsam_fused.backends.triton.update_block import Addresses, restore_or_update
+from wsam_fused.backends.triton.walk import address, cell
+
+
+@triton.jit
+def addresses(
+    table,
+    tensors,
+    tensor,
+    begin,
+    from_backup,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    RULE: tl.constexpr,
+    EVALUATIONS: tl.constexpr,
+    HAS_BACKUP: tl.constexpr,
+):
+    """Where everything of a segment is."""
+    p = address(table, ROW.value.PARAM, tensors, tensor, begin, P)
+    source, g2, g3, state1, state2, state3 = p, p, p, p, p, p
+    g1 = address(table, ROW.value.GRAD1, tensors, tensor, begin, G)
+    if HAS_BACKUP:
+        source = tl.where(
+            from_backup, address(table, ROW.value.BACKUP, tensors, tensor, begin, P), p
+        )
+    if EVALUATIONS > 1:
+        g2 = address(table, ROW.value.GRAD2, tensors, tensor, begin, G)
+    if EVALUATIONS > 2:
+        g3 = address(table, ROW.value.GRAD3, tensors, tensor, begin, G)
+    if RULE >= RULES.value.MOMENTUM:
+        state1 = address(table, ROW.value.STATE1, tensors, tensor, begin, T)
+    if RULE >= RULES.value.ADAM:
+        state2 = address(table, ROW.value.STATE2, tensors, tensor, begin, T)
+    if RULE >= RULES.value.AMSGRAD:
+        state3 = address(table, ROW.value.STATE3, tensors, tensor, begin, T)
+    return Addresses(p, source, g1, g2, g3, state1, state2, state3)
+
+
+@triton.jit
+def has_all_gradients(table, tensors, tensor, EVALUATIONS: tl.constexpr):
+    """Whether the tensor, or each of a block of them, has a gradient from every evaluation."""
+    has = cell(table, ROW.value.GRAD1, tensors, tensor) != 0
+    if EVALUATIONS > 1:
+        has &= cell(table, ROW.value.GRAD2, tensors, tensor) != 0
+    if EVALUATIONS > 2:
+        has &= cell(table, ROW.value.GRAD3, tensors, tensor) != 0
+    return has
+
+
+class Step(NamedTuple):
+    """What is the same for all segments of a launch."""
+
+    skipped: Any
+    perturbed: Any
+
+
+class TensorScalars(NamedTuple):
+    """The scalars of the tensors of one group and age."""
+
+    group: Any
+    age: Any  # updates they have had
+    ascent: Any
+    row: Any
+    base: Any
+
+
+@triton.jit
+def tensor_scalars(groups, scalars, group, age, T: tl.constexpr, RULE: tl.constexpr):
+    """Form the scalars; kept for the next tensor, because float64 is slow on many GPUs."""
+    columns = groups + group * COLUMNS
+    age = age + tl.zeros((), tl.float32)
+    return TensorScalars(
+        group,
+        age,
+        ascent_scale(tl.load(scalars + SLOT.value.METRIC_SQ), columns, T),
+        coefficients(columns, scalars, T),
+        rule_scalars(columns, age.to(tl.float64) + 1.0, T, RULE),
+    )
+
+
+@triton.jit
+def step_segment(
+    table,
+    tensors,
+    tensor,
+    begin,
+    count,
+    step,
+    known,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    RULE: tl.constexpr,
+    EVALUATIONS: tl.constexpr,
+    HAS_BACKUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update what of a tensor lies in a chunk, or restore it, or leave it alone."""
+    moved = step.perturbed & (cell(table, ROW.value.GRAD1, tensors, tensor) != 0)
+    update = has_all_gradients(table, tensors, tensor, EVALUATIONS) & (step.skipped == 0)
+    at = addresses(table, tensors, tensor, begin, moved, P, G, T, RULE, EVALUATIONS, HAS_BACKUP)
+    scale = tl.zeros((), T)
+    if not HAS_BACKUP:
+        scale = tl.where(moved, known.ascent, scale)
+    c = known.row
+    if EVALUATIONS > 1 and RULE != RULES.value.NONE:
+        # Where g1 is not used, it is read from the place of g2, which is read anyway.
+        used = (scale != 0) | (c.h1 != 0) | (c.d1 != 0) | (update == 0)
+        g1 = tl.where(used, at.g1, at.g2)
+        at = Addresses(at.p, at.source, g1, at.g2, at.g3, at.state1, at.state2, at.state3)
+    if update | moved:
+        restore_or_update(
+            at, update, scale, c, known.base, count, P, G, T, RULE, EVALUATIONS, HAS_BACKUP, BLOCK
+        )

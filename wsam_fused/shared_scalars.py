@@ -1,0 +1,54 @@
+"""What all lists of one device have in common: sums, counters and the group table."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wsam_fused.plan import GroupRow, Slot
+from wsam_fused.upload import Upload
+
+_LR = GroupRow._fields.index("lr")
+
+
+class SharedScalars:
+    """The scalars and the group table of one device.
+
+    Attributes:
+        scalars: float64, see :class:`~wsam_fused.plan.Slot`.
+        rows: One row per parameter group, on the host.
+        groups: The same as a float64 tensor on the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.scalars = torch.zeros(len(Slot), dtype=torch.float64, device=device)
+        self.rows: list[GroupRow] = []
+        self.groups = torch.zeros(0, len(GroupRow._fields), dtype=torch.float64, device=device)
+        self._upload = Upload(self.groups)
+
+    def set_rows(self, rows: list[GroupRow]) -> None:
+        """Bring the group table up to date.
+
+        Nothing moves if nothing changed, unless a CUDA graph is involved: its replays bring the
+        values of the capture again, which the host does not notice.
+        """
+        if rows == self.rows and not self._upload.is_replayed():
+            return
+        if len(rows) != len(self.rows):
+            self.groups = self.groups.new_zeros(len(rows), len(GroupRow._fields))
+            self._upload = Upload(self.groups)
+        self._upload.send(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        self.rows = list(rows)
+
+    def set_learning_rates(self, rates: list[Tensor | None]) -> None:
+        """Copy learning rates that live on a device into the table, for groups that have one."""
+        for index, rate in enumerate(rates):
+            if rate is not None:
+                self.groups[index, _LR].copy_(rate.reshape(()), non_blocking=True)
+
+    def learning_rate(self, group: int) -> float | Tensor:
+        """Return the rate of a group: a scalar on the device if the host does not know it."""
+        rate = self.rows[group].lr
+        return self.groups[group, _LR] if math.isnan(rate) else rate

@@ -57,7 +57,7 @@ def _run(contender: type[Contender], base: Base, shapes: Sequence[Shape]) -> tup
         with _no_messages(), torch.autograd.profiler.profile(profile_memory=True) as recording:
             one = contender(params, base)
             for _ in range(2):
-                _step(one, params)
+                training_step(one, params)
     finally:
         gc.enable()
     state = sum(t.numel() * t.element_size() for t in _tensors(one.state_dict()) if t.dim() > 0)
@@ -78,7 +78,7 @@ def _no_messages() -> Iterator[None]:
         os.close(saved)
 
 
-def _step(contender: Contender, params: list[nn.Parameter]) -> None:
+def training_step(contender: Contender, params: Sequence[nn.Parameter]) -> None:
     """Step as a training loop does: nobody but the contender holds on to a gradient."""
     for param in params:
         param.grad = None

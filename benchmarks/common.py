@@ -99,9 +99,23 @@ def _gpt2_small() -> Iterator[Shape]:
     yield from ((width,), (width,))
 
 
-_MODELS = {"resnet18": _resnet18, "gpt2-small": _gpt2_small}
+def _llama_1b() -> Iterator[Shape]:
+    """The 146 parameters of Llama-3.2-1B (1.2 G); the output layer is the tied embedding."""
+    vocabulary, width, layers, heads, key_value_heads, hidden = 128256, 2048, 16, 32, 8, 8192
+    key_value_width = width // heads * key_value_heads
+    yield (vocabulary, width)
+    for _ in range(layers):
+        yield from ((width, width), (key_value_width, width), (key_value_width, width))
+        yield (width, width)
+        yield from ((hidden, width), (hidden, width), (width, hidden))
+        yield from ((width,), (width,))  # the normalizations before attention and before the MLP
+    yield (width,)
+
+
+_MODELS = {"resnet18": _resnet18, "gpt2-small": _gpt2_small, "llama-1b": _llama_1b}
 FULL = ("8x4096x1024", "resnet18", "gpt2-small", "2000x64")
 QUICK = ("8x512x512", "200x64")
+GPU = ("8x4096x1024", "resnet18", "gpt2-small", "llama-1b", "2000x64")
 
 
 def shapes_of(name: str) -> list[Shape]:

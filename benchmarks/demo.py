@@ -83,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--backend",
-        choices=backends.NAMES,
+        choices=backends.names(),
         default="auto",
         help="backend for the training (default auto); the check always compares auto with eager",
     )

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,22 @@ class Problem:
     Args:
         shapes: Of the parameters.
         seed: Of the random values.
+        device: Where all of it is.
+        dtype: Of the parameters and the gradients.
     """
 
-    def __init__(self, shapes: Sequence[Shape], seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
 
         def random_list() -> list[Tensor]:
-            return [torch.randn(shape, generator=generator).mul_(0.02) for shape in shapes]
+            how: Any = {"generator": generator, "device": device, "dtype": dtype}
+            return [torch.randn(shape, **how).mul_(0.02) for shape in shapes]
 
         self.params = [nn.Parameter(tensor) for tensor in random_list()]
         self.g1 = random_list()
@@ -169,8 +179,13 @@ def _round(problem: Problem, order: Sequence[Contender], buffer: Tensor) -> Roun
     return Round(steps, stream, load.share())
 
 
-def check_parity(contender: type[Contender], reference: type[Contender], base: Base) -> None:
-    """Compare two steps on small tensors, at the ascent point and after the update.
+def check_parity(
+    contender: type[Contender],
+    reference: type[Contender],
+    base: Base,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Compare two steps on small float32 tensors, at the ascent point and after the update.
 
     Raises:
         ParityError: The displacements differ by more than float32 rounding.
@@ -179,7 +194,7 @@ def check_parity(contender: type[Contender], reference: type[Contender], base: B
         return
     seen = []
     for cls in (contender, reference):
-        problem = Problem(PARITY_SHAPES)
+        problem = Problem(PARITY_SHAPES, device=device)
         start = [param.detach().clone() for param in problem.params]
         one = cls(problem.params, base)
         points = []

@@ -123,7 +123,7 @@ def _case_table(rows: Sequence[Row], shapes: str, base: str) -> str:
                 _rounded(row["state_extra_copies"], 2),
             ]
         )
-    return _table(_HEADER, lines)
+    return table(_HEADER, lines)
 
 
 def _slowness(row: Row) -> float:
@@ -134,7 +134,7 @@ def _check_table(rows: Sequence[Row]) -> str:
     lines = [list(outcome) for outcome in outcomes(rows)]
     if not lines:
         return "None of the shape lists that have wanted values was measured."
-    return _table(("shapes (AdamW)", "wanted of wsam_fused", "measured", ""), lines)
+    return table(("shapes (AdamW)", "wanted of wsam_fused", "measured", ""), lines)
 
 
 def _rounded(cell: str, digits: int) -> str:
@@ -146,7 +146,8 @@ def _short(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Render a Markdown table whose columns are aligned."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 
     def join(line: Sequence[str]) -> str:

@@ -21,6 +21,8 @@ class Authors(Contender):
 
     name = "authors"
     fused = False
+    resident_lists = 3  # e, g1 and the sharpness
+    temporary_lists = 2  # of the base optimizer's own operations
 
     def __init__(self, params: Sequence[Tensor], base: Base) -> None:
         super().__init__(params, base)

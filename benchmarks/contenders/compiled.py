@@ -70,11 +70,13 @@ class ForeachCompiled(Contender):
     """Hand-written, compiled for exactly these shapes and hyper-parameters."""
 
     name = "foreach-compiled"
+    temporary_lists = 2  # if the compiler does not fuse all it may
 
     def __init__(self, params: Sequence[Tensor], base: Base) -> None:
         super().__init__(params, base)
         self.optimizer = base.make(params, fused=True)  # holds the state and is not stepped
-        self.step = torch.zeros(())
+        # Where the parameters are: a kernel would wait for a scalar from elsewhere.
+        self.step = torch.zeros((), device=self.params[0].device)
         self.scale = torch.zeros(())
         self.states: list[list[Tensor]] = []
         self.g1: list[Tensor] = []
@@ -113,19 +115,24 @@ class ForeachCompiled(Contender):
         return [[self.optimizer.state[param][key] for param in self.params] for key in keys]
 
 
-def probe(shapes: str, base: str, limit_s: float) -> tuple[float, str]:
+def probe(
+    shapes: str, base: str, limit_s: float, device: str = "cpu", dtype: str = "float32"
+) -> tuple[float, str]:
     """Compile a case in a process of its own, which fills the compiler's cache on disk.
 
     Args:
         shapes: Name of the shape list.
         base: Name of the base optimizer.
         limit_s: The process is ended after that many seconds.
+        device: Where the parameters are.
+        dtype: Name of the parameters' dtype.
 
     Returns:
         Seconds of the first step, most of which is compilation, and an empty string; or NaN and
         why there is nothing to be measured.
     """
     command = [sys.executable, "-m", "benchmarks.contenders.compile_probe", shapes, base]
+    command += [device, dtype]
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=errors, start_new_session=True

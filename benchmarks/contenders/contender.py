@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ class Base:
     fused_moved: int
     loop_moved: int
 
+    @property
+    def states(self) -> int:
+        """State tensors per parameter: the fused pass reads p and g, writes p, and does both here.
+
+        With AdamW these are m and v.
+        """
+        return (self.fused_moved - 3) // 2
+
     def make(self, params: Sequence[Tensor], **how: bool) -> Optimizer:
         """Construct the optimizer; ``how`` is ``fused`` or ``foreach``."""
         return self.optimizer(params, **self.options, **how)  # type: ignore[arg-type]
@@ -51,6 +59,22 @@ BASES = {
 }
 
 
+class Passes(NamedTuple):
+    """Elements read and written per parameter, by the dtype that they have.
+
+    Attributes:
+        values: In the parameters' dtype: weights, gradients and what has their dtype.
+        states: In the dtype of the base optimizer's state.
+    """
+
+    values: int
+    states: int
+
+    def bytes(self, dtype: torch.dtype, state_dtype: torch.dtype) -> int:
+        """Return the bytes per parameter."""
+        return self.values * dtype.itemsize + self.states * state_dtype.itemsize
+
+
 class Contender:
     """One implementation of a decoupled WSAM step.
 
@@ -63,12 +87,17 @@ class Contender:
     Attributes:
         name: As in the tables.
         gradients: How many it needs.
+        resident_lists: Tensor lists of the parameters' size that it keeps from step to step
+            besides the base optimizer's state.
+        temporary_lists: Such lists that live only within a step, at most at one time.
         optimizer: The ``torch.optim`` optimizer that holds m and v, if it is one. Contenders that
             run side by side share its state.
     """
 
     name: ClassVar[str]
     gradients: ClassVar[int] = 2
+    resident_lists: ClassVar[int] = 0
+    temporary_lists: ClassVar[int] = 0
     optimizer: Optimizer | None = None
 
     def __init__(self, params: Sequence[Tensor], base: Base) -> None:
@@ -84,6 +113,20 @@ class Contender:
     def moved(cls, base: Base) -> int:
         """Elements read and written per parameter and step."""
         raise NotImplementedError
+
+    @classmethod
+    def passes(cls, base: Base, dtype: torch.dtype) -> Passes:
+        """Elements moved per parameter and step with parameters of ``dtype``.
+
+        torch makes the states and all temporaries in the parameters' dtype, whatever it is.
+        """
+        return Passes(cls.moved(base), 0)
+
+    @property
+    def base_state(self) -> MutableMapping[Tensor, Any]:
+        """The state of the base optimizer, by parameter."""
+        assert self.optimizer is not None
+        return self.optimizer.state
 
     def first(self) -> None:
         """Go to the ascent point and take the gradients out of ``.grad``."""

@@ -35,15 +35,13 @@ class Foreach(Contender):
     def first(self) -> None:
         """Go to the ascent point and take g1."""
         self.g1 = self.take_gradients()
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.g1)))
-        self.scale = RHO / (norm.item() + EPS)
-        torch._foreach_add_(self.params, self.g1, alpha=self.scale)
+        self._perturb()
 
     @torch.no_grad()
     def second(self) -> None:
         """Come back, step the base with g1 and subtract g2 - g1, formed in g2's memory."""
         assert self.optimizer is not None
-        torch._foreach_add_(self.params, self.g1, alpha=-self.scale)
+        self._restore()
         sharpness = self.take_gradients()
         torch._foreach_sub_(sharpness, self.g1)
         for param, grad in zip(self.params, self.g1, strict=True):
@@ -52,3 +50,46 @@ class Foreach(Contender):
         lr = self.optimizer.param_groups[0]["lr"]
         torch._foreach_add_(self.params, sharpness, alpha=-lr * WEIGHT)
         self.g1 = []
+
+    def _perturb(self) -> None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.g1)))
+        self.scale = RHO / (norm.item() + EPS)
+        torch._foreach_add_(self.params, self.g1, alpha=self.scale)
+
+    def _restore(self) -> None:
+        torch._foreach_add_(self.params, self.g1, alpha=-self.scale)
+
+
+class ForeachNoSync(Foreach):
+    """The same for a GPU: the scale stays on the device and nothing waits for it.
+
+    A multi-tensor operation takes a tensor as factor of a list only in a pass of its own, with a
+    list of its own. torch's fused SGD without momentum takes its learning rate as a tensor and
+    computes p -+ lr g in one pass, which is what is needed here.
+    """
+
+    def __init__(self, params: Sequence[Tensor], base: Base) -> None:
+        super().__init__(params, base)
+        self.device_scale = torch.zeros((), device=self.params[0].device)
+
+    def _perturb(self) -> None:
+        norms = torch._foreach_norm(self.g1, 2, dtype=torch.float32)
+        self.device_scale = RHO / (torch.linalg.vector_norm(torch.stack(norms)) + EPS)
+        self._shift(upwards=True)
+
+    def _restore(self) -> None:
+        self._shift(upwards=False)
+
+    def _shift(self, *, upwards: bool) -> None:
+        torch._fused_sgd_(
+            self.params,
+            self.g1,
+            [],
+            weight_decay=0.0,
+            momentum=0.0,
+            lr=self.device_scale,
+            dampening=0.0,
+            nesterov=False,
+            maximize=upwards,
+            is_first_step=False,
+        )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.contenders.contender import GAMMA, RHO, Base, Contender
+from benchmarks.contenders.contender import GAMMA, RHO, Base, Contender, Passes
 from wsam_fused import WSAM
+from wsam_fused.backends import BACKENDS
 
 
 class TwoCalls(Contender):
     """An optimizer with the two calls of the field, which a subclass puts into ``wsam``."""
 
     wsam: Any
+
+    @property
+    def base_state(self) -> MutableMapping[Tensor, Any]:
+        """The state of the base optimizer, by parameter."""
+        return self.wsam.state
 
     def first(self) -> None:
         """Go to the ascent point and take the gradients out of ``.grad``."""
@@ -35,16 +41,67 @@ class Ours(TwoCalls):
     """wsam_fused with its default settings."""
 
     name = "wsam_fused"
+    backend: ClassVar[str] = "auto"
+    temporary_lists = 1  # the copy of w, which parameters of low precision have
 
     def __init__(self, params: Sequence[Tensor], base: Base) -> None:
         super().__init__(params, base)
-        self.wsam = WSAM(params, base.optimizer, rho=RHO, gamma=GAMMA, **base.options)
+        self.wsam = WSAM(
+            params, base.optimizer, rho=RHO, gamma=GAMMA, backend=self.backend, **base.options
+        )
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why it cannot run here, or None."""
+        if cls.backend == "auto":
+            return None
+        if cls.backend not in BACKENDS:
+            return f"this version has no backend {cls.backend!r}"
+        return BACKENDS[cls.backend].unavailable()
 
     @classmethod
     def moved(cls, base: Base) -> int:
         """Elements read and written per parameter and step."""
         # reduce 1, perturb 3; update is the fused base's pass and g2 (w is recomputed from g1).
         return 5 + base.fused_moved
+
+    @classmethod
+    def operations(cls, base: Base, dtype: torch.dtype) -> dict[str, Passes]:
+        """Elements moved per parameter by each operation with parameters of ``dtype``."""
+        # With low precision perturb writes a copy of w, too, and update reads it in place of p.
+        copy = 1 if dtype.itemsize < torch.float32.itemsize else 0
+        return {
+            "reduce": Passes(1, 0),
+            "perturb": Passes(3 + copy, 0),
+            "update": Passes(4, 2 * base.states),
+        }
+
+    @classmethod
+    def passes(cls, base: Base, dtype: torch.dtype) -> Passes:
+        """Elements moved per parameter and step with parameters of ``dtype``."""
+        values, states = zip(*cls.operations(base, dtype).values(), strict=True)
+        return Passes(sum(values), sum(states))
+
+
+class OursCuda(Ours):
+    """wsam_fused with its CUDA kernels."""
+
+    name = "cuda"
+    backend = "cuda"
+
+
+class OursTriton(Ours):
+    """wsam_fused with its Triton kernels."""
+
+    name = "triton"
+    backend = "triton"
+
+
+class OursEager(Ours):
+    """The reference that the kernels are tested against."""
+
+    name = "eager"
+    backend = "eager"
 
 
 class Plain(Contender):

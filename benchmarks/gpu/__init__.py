@@ -1,0 +1,1 @@
+"""The parts of the GPU report; ``benchmarks.bench_gpu`` puts them together."""

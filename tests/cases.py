@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
 from wsam_fused import SAM, WSAM
+from wsam_fused.backends import BACKENDS
 
 Optimizer = torch.optim.Optimizer
 
@@ -83,22 +84,54 @@ LAYOUTS: dict[str, Callable[[torch.dtype], list[Tensor]]] = {
 }
 
 
-def parameters(layout: str, dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """Parameters of a layout, with the same values for the same seed."""
-    return [torch.nn.Parameter(tensor) for tensor in LAYOUTS[layout](dtype)]
+def device_of(backend: str) -> torch.device:
+    """Return where a backend can step parameters."""
+    return torch.device((BACKENDS[backend].DEVICE_TYPES or ("cpu",))[0])
 
 
-def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
-    """Give every parameter a gradient that depends on the seed only."""
+def parameters(
+    layout: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> list[torch.nn.Parameter]:
+    """Parameters of a layout, with the same values for the same seed on every device."""
+    tensors = LAYOUTS[layout](dtype)
+    if torch.device(device).type != "cpu":
+        tensors = [_moved(tensor, device) for tensor in tensors]
+    return [torch.nn.Parameter(tensor) for tensor in tensors]
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to a device, with its strides and its offset in the storage."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    storage = tensor.as_strided((size,), (1,), 0).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def set_gradients(
+    params: list[torch.nn.Parameter], seed: int, dtype: torch.dtype | None = None
+) -> None:
+    """Give every parameter a gradient that depends on the seed only.
+
+    Args:
+        params: The parameters.
+        seed: Of the values.
+        dtype: Of the gradients, that of the parameters by default.
+    """
     generator = torch.Generator().manual_seed(seed)
     for param in params:
         values = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-        param.grad = values.to(param.dtype)
+        if dtype is not None:
+            param.grad_dtype = dtype
+        param.grad = values.to(param.device, dtype or param.dtype)
 
 
-def step(optimizer: Any, params: list[torch.nn.Parameter], seed: int) -> None:
-    """One step with given gradients, in the two-call form."""
-    set_gradients(params, 2 * seed)
+def step(
+    optimizer: Any,
+    params: list[torch.nn.Parameter],
+    seed: int,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+) -> None:
+    """One step with given gradients of given dtypes, in the two-call form."""
+    set_gradients(params, 2 * seed, dtypes[0])
     optimizer.first_step(zero_grad=True)
-    set_gradients(params, 2 * seed + 1)
+    set_gradients(params, 2 * seed + 1, dtypes[1])
     optimizer.second_step(zero_grad=True)

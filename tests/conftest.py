@@ -1,4 +1,4 @@
-"""Seeds, thread counts and the backends that this machine has."""
+"""Seeds, thread counts, the backends that this machine has, and what GPU checks have found."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated import EmulatedBackend
+from interpreted import interpreted_backend
 
 from wsam_fused.backends import BACKENDS
 
 # The problems are tiny, and threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
 
-AVAILABLE = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
+# Before any test or library imports Triton, which decides then whether it interprets.
+interpreted_backend()
+
+# Behind `eager`, so that "auto" never takes it.
+BACKENDS["cuda-emulated"] = EmulatedBackend()
+
+ON_CPU = [
+    name
+    for name, backend in BACKENDS.items()
+    if backend.unavailable() is None and (not backend.DEVICE_TYPES or "cpu" in backend.DEVICE_TYPES)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +32,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=AVAILABLE)
+@pytest.fixture(params=ON_CPU)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can be used here, by name."""
+    """Every backend that can step parameters on the CPU, by name."""
     return str(request.param)
 
 
@@ -32,3 +44,17 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests recorded as "GPU check": how GPU code was checked, with or without a GPU."""
+    found = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "GPU check"
+    ]
+    if found:
+        terminalreporter.section("GPU checks")
+        for line in dict.fromkeys(map(str, found)):
+            terminalreporter.write_line(line)

@@ -12,6 +12,7 @@ from cases import BASES, FOREIGN_BASES, METHODS, parameters, set_gradients, step
 from torch.optim import SGD, AdamW
 
 from wsam_fused import SAM, WSAM
+from wsam_fused.tensor_list import TensorList
 
 ALL_BASES = {**BASES, **FOREIGN_BASES}
 
@@ -342,3 +343,24 @@ def test_parameters_that_change_dtype_while_perturbed_are_an_error(backend: str)
     params[0].data = params[0].data.double()
     with pytest.raises(RuntimeError, match=r"became torch\.float64"):
         optimizer.second_step()
+
+
+def test_failing_to_back_up_the_second_list_is_reported_as_such(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [torch.nn.Parameter(torch.ones(5, dtype=d)) for d in (torch.float32, torch.float64)]
+    optimizer = WSAM(params, torch.optim.SGD, lr=0.1, adaptive=True, backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    make_backups = TensorList.make_backups
+
+    def fail_for_float64(tensors: TensorList, reuse: bool) -> None:
+        if tensors.key.dtype == torch.float64:
+            raise MemoryError("no memory for a copy")
+        make_backups(tensors, reuse)
+
+    monkeypatch.setattr(TensorList, "make_backups", fail_for_float64)
+    with pytest.raises(MemoryError, match="no memory for a copy"):
+        optimizer.first_step(zero_grad=True)
+    assert not optimizer.is_perturbed
+    assert all(torch.equal(param, torch.ones_like(param)) for param in params)

@@ -8,13 +8,21 @@ import sys
 
 import pytest
 import torch
-from cases import BASES, LAYOUTS, METHODS, parameters, set_gradients, step
+from cases import BASES, LAYOUTS, METHODS, device_of, parameters, set_gradients, step
 from tolerances import PERTURBED, REDUCTION, close
 
 from wsam_fused import _extension
+from wsam_fused.backends import BACKENDS
 from wsam_fused.plan import ALIGNMENT, PointerTable, Slot, TableRow
 
+AVAILABLE = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+
+
+@pytest.fixture(params=AVAILABLE)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that can be used on this machine; the parameters go to its device."""
+    return str(request.param)
 
 
 @DTYPES
@@ -23,7 +31,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 def test_reduce_is_the_sum_of_squares(
     layout: str, adaptive: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    params = parameters(layout, dtype)
+    params = parameters(layout, dtype, device_of(backend))
     set_gradients(params, 3)
     metric = [p.detach().double() ** 2 if adaptive else torch.ones(()) for p in params]
     squares = [p.grad.double() ** 2 for p in params]  # type: ignore[union-attr]
@@ -47,7 +55,7 @@ def test_reduce_is_the_sum_of_squares(
 def test_perturbation_has_the_radius_and_direction(
     layout: str, adaptive: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    params = parameters(layout, dtype)
+    params = parameters(layout, dtype, device_of(backend))
     set_gradients(params, 3)
     before = [p.detach().clone() for p in params]
     grads = [p.grad.double().clone() for p in params]  # type: ignore[union-attr]
@@ -66,7 +74,7 @@ def test_perturbation_has_the_radius_and_direction(
 def test_restore_brings_the_weights_back(
     layout: str, restore: str, dtype: torch.dtype, backend: str
 ) -> None:
-    params = parameters(layout, dtype)
+    params = parameters(layout, dtype, device_of(backend))
     set_gradients(params, 3)
     before = [p.detach().clone() for p in params]
     optimizer = METHODS["wsam"](params, BASES["sgd"], rho=0.3, restore=restore, backend=backend)
@@ -86,7 +94,7 @@ def test_restore_brings_the_weights_back(
 
 @DTYPES
 def test_adaptive_restore_is_exact(dtype: torch.dtype, backend: str) -> None:
-    params = parameters("unaligned", dtype)
+    params = parameters("unaligned", dtype, device_of(backend))
     set_gradients(params, 3)
     before = [p.detach().clone() for p in params]
     optimizer = METHODS["sam"](params, BASES["sgd"], rho=2.0, adaptive=True, backend=backend)
@@ -96,7 +104,7 @@ def test_adaptive_restore_is_exact(dtype: torch.dtype, backend: str) -> None:
 
 
 def test_pointers_do_not_change(backend: str) -> None:
-    params = parameters("unaligned", torch.float32)
+    params = parameters("unaligned", torch.float32, device_of(backend))
     optimizer = METHODS["sam"](params, BASES["adamw"], adaptive=True, backend=backend)
     step(optimizer, params, 0)
     addresses = [p.data_ptr() for p in params]
@@ -109,7 +117,7 @@ def test_pointers_do_not_change(backend: str) -> None:
 @pytest.mark.parametrize("chunk_size", [64, 128, 4096])
 def test_chunks_cover_every_element_once(chunk_size: int) -> None:
     sizes = [1, 63, 64, 65, 1, 1, 1000, 5, 4096, 2]
-    table = PointerTable(sizes, [0] * len(sizes), chunk_size)
+    table = PointerTable(sizes, [0] * len(sizes), chunk_size, torch.device("cpu"))
     offsets = table.table[TableRow.OFFSET].tolist()
     assert all(offset % ALIGNMENT == 0 for offset in offsets)
     seen = [0] * len(sizes)

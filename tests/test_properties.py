@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import AVAILABLE
+from conftest import ON_CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import ONE_STEP, close
@@ -22,7 +22,7 @@ shapes = st.lists(
     st.lists(st.integers(0, 7), max_size=3).map(tuple), min_size=1, max_size=6
 ).filter(lambda list_: any(0 not in shape for shape in list_))
 dtypes = st.sampled_from([torch.float32, torch.float64])
-backends = st.sampled_from(AVAILABLE)
+backends = st.sampled_from(ON_CPU)
 rho = st.floats(0.0, 2.0)
 gamma = st.floats(0.0, 0.95)
 bases = st.sampled_from(
@@ -125,7 +125,7 @@ def test_the_perturbation_does_not_depend_on_the_scale_of_the_loss(
     clip=st.sampled_from([None, 0.1, 100.0]),
     restore=st.sampled_from(["recompute", "backup"]),
 )
-@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "eager"])
+@pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "eager"])
 def test_backends_agree_with_the_reference(
     backend: str, shapes: Any, dtype: torch.dtype, base: Any, clip: float | None, **options: Any
 ) -> None:

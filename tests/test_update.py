@@ -1,60 +1,19 @@
-"""Whole steps: each backend against the reference, parameters and state after every step.
-
-Both start every step from the same state, so that differences do not pile up: after a comparison
-the reference's tensors are copied over.
-"""
+"""Whole steps: each backend against the reference, over bases, methods, options and layouts."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from cases import BASES, FOREIGN_BASES, METHODS, OPTIONS, parameters, step
+from cases import BASES, FOREIGN_BASES, METHODS, OPTIONS, device_of, parameters, step
+from comparison import STEPS, run_both
 from tolerances import ONE_STEP, close
 
 from wsam_fused.backends import BACKENDS
 
-STEPS = 4
 FUSED = [name for name, b in BACKENDS.items() if name != "eager" and b.unavailable() is None]
 DTYPES = [torch.float32, torch.float64]
-
-
-def compare_and_align(ours: Any, reference: Any, dtype: torch.dtype, what: str) -> None:
-    pairs = zip(all_params(ours), all_params(reference), strict=True)
-    for i, (param, expected) in enumerate(pairs):
-        close(param.detach(), expected.detach(), ONE_STEP[dtype], f"{what}, parameter {i}")
-        state, expected_state = ours.state[param], reference.state[expected]
-        assert state.keys() == expected_state.keys()
-        with torch.no_grad():
-            param.copy_(expected)
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    close(value, expected_state[key], ONE_STEP[dtype], f"{what}, {key} {i}")
-                    value.copy_(expected_state[key])
-
-
-def all_params(optimizer: Any) -> list[torch.nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def run_both(
-    method: Any, base: Any, layout: str, dtype: torch.dtype, backend: str, **kw: Any
-) -> None:
-    lists = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        lists.append(parameters(layout, dtype))
-    ours = method(lists[0], base, backend=backend, **kw)
-    reference = method(lists[1], base, backend="eager", **kw)
-    before = [param.detach().clone() for param in lists[0]]
-    for number in range(STEPS):
-        step(ours, lists[0], number)
-        step(reference, lists[1], number)
-        compare_and_align(ours, reference, dtype, f"step {number}")
-    moved = [not torch.equal(p, b) for p, b in zip(lists[0], before, strict=True) if p.numel()]
-    assert all(moved), "the comparison would pass by doing nothing"
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -90,7 +49,9 @@ def test_float32_and_float64_parameters_share_one_norm(name: str) -> None:
     results = []
     for backend in (name, "eager"):
         torch.manual_seed(1)
-        params = [*parameters("unaligned", torch.float32), *parameters("sizes", torch.float64)]
+        device = device_of(name)
+        params = parameters("unaligned", torch.float32, device)
+        params += parameters("sizes", torch.float64, device)
         optimizer = METHODS["wsam"](params, BASES["sgdm"], rho=0.5, backend=backend)
         step(optimizer, params, 0)
         results.append([param.detach().double() for param in params])
@@ -103,7 +64,7 @@ def test_groups_with_values_of_their_own_share_one_launch(name: str) -> None:
     results = []
     for backend in (name, "eager"):
         torch.manual_seed(1)
-        params = parameters("unaligned", torch.float64)
+        params = parameters("unaligned", torch.float64, device_of(name))
         groups = [
             {"params": params[:2], "lr": 0.1, "rho": 0.01, "gamma": 0.5, "weight_decay": 0.3},
             {"params": params[2:], "lr": 0.01, "rho": 1.0, "gamma": 0.95},
@@ -124,7 +85,8 @@ def test_result_does_not_depend_on_the_number_of_threads(name: str, threads: Non
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
         torch.manual_seed(1)
-        params = [torch.nn.Parameter(torch.randn(300_001)), torch.nn.Parameter(torch.randn(70_000))]
+        values = [torch.randn(300_001), torch.randn(70_000)]
+        params = [torch.nn.Parameter(value.to(device_of(name))) for value in values]
         optimizer = METHODS["wsam"](
             params, BASES["adamw"], rho=0.5, max_grad_norm=0.1, backend=name
         )

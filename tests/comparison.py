@@ -1,0 +1,63 @@
+"""Steps of a backend beside steps of the reference.
+
+Both start every step from the same state, so that differences do not pile up: after a comparison
+the reference's tensors are copied over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cases import device_of, parameters, step
+from tolerances import ONE_STEP, close
+
+STEPS = 4
+GradientDtypes = tuple[torch.dtype | None, torch.dtype | None]
+
+
+def compare_and_align(ours: Any, reference: Any, dtype: torch.dtype, what: str) -> None:
+    pairs = zip(all_params(ours), all_params(reference), strict=True)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    for i, (param, expected) in enumerate(pairs):
+        close(param.detach(), expected.detach(), ONE_STEP[dtype], f"{what}, parameter {i}")
+        state, expected_state = ours.state[param], reference.state[expected]
+        assert state.keys() == expected_state.keys()
+        with torch.no_grad():
+            param.copy_(expected)
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    close(value, expected_state[key], ONE_STEP[wide], f"{what}, {key} {i}")
+                    value.copy_(expected_state[key])
+
+
+def all_params(optimizer: Any) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def run_both(
+    method: Any,
+    base: Any,
+    layout: str,
+    dtype: torch.dtype,
+    backend: str,
+    gradient_dtypes: GradientDtypes = (None, None),
+    **kw: Any,
+) -> None:
+    """Make steps with a backend and with the reference and compare parameters and states."""
+    lists = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        lists.append(parameters(layout, dtype, device_of(backend)))
+    ours = method(lists[0], base, backend=backend, **kw)
+    reference = method(lists[1], base, backend="eager", **kw)
+    before = [param.detach().clone() for param in lists[0]]
+    for number in range(STEPS):
+        step(ours, lists[0], number, gradient_dtypes)
+        step(reference, lists[1], number, gradient_dtypes)
+        compare_and_align(ours, reference, dtype, f"step {number}")
+    # A single number of low precision may round back to what it was.
+    least = 1 if dtype in (torch.float32, torch.float64) else 5
+    pairs = zip(lists[0], before, strict=True)
+    moved = [not torch.equal(param, w) for param, w in pairs if param.numel() >= least]
+    assert all(moved), "the comparison would pass by doing nothing"

@@ -1,0 +1,65 @@
+"""The CUDA kernels' per-thread code, compiled for the host: a backend for the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
+
+from wsam_fused.backends import gpu
+from wsam_fused.backends.native import NativeBackend
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "tests" / "emulation" / "emulated.cpp"
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DTORCH_STABLE_ONLY",
+]
+
+
+@cache
+def build() -> str | None:
+    """Compile and load the library, or return why that is not possible."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted([SOURCE, *(ROOT / "csrc").rglob("*.h")]):
+        digest.update(path.read_bytes())
+    library = ROOT / "build" / f"emulated-{digest.hexdigest()[:12]}.so"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        includes = [f"-I{path}" for path in [str(ROOT / "csrc"), *include_paths()]]
+        links = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+        command = [get_cxx_compiler(), *FLAGS, *includes, str(SOURCE), *links, "-o", str(library)]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            return str(error)
+        assert run.returncode == 0, run.stderr
+    torch.ops.load_library(str(library))
+    return None
+
+
+class EmulatedBackend(NativeBackend):
+    """The GPU operations over parameters on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", gpu.DTYPES, gpu.GRADIENT_DTYPES)
+
+    @property
+    def _operations(self) -> Any:
+        return torch.ops.wsam_fused_emulated
+
+    def unavailable(self) -> str | None:
+        return build()
+
+    def chunk_size(self, total: int) -> int:
+        return gpu.chunk_size(total)

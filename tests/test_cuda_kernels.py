@@ -1,0 +1,156 @@
+"""The compiled CUDA kernels, read without a GPU: architectures, registers, spills, vector access.
+
+A kernel that spilled or lost its vectors would still be right, only slow.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import wsam_fused
+
+ARCHITECTURES = ("80", "90", "100", "120")
+# Parameters and gradients: see with_dtypes in csrc/cuda/operations.h.
+PAIRS = 6
+RULES = 5
+GEOMETRIES = 2
+# Half of the 2,048 threads that a multiprocessor of an A100, H100 or B200 holds: 65,536 registers.
+HALF_OCCUPANCY = 64
+
+
+def library() -> Path | None:
+    return next(Path(wsam_fused.__file__).parent.glob("_cuda*.so"), None)
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuobjdump() -> str | None:
+    """That of a CUDA toolkit, else the one that Triton brings."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    spec = find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+needs_library = pytest.mark.skipif(library() is None, reason="the CUDA kernels are not built")
+needs_disassembler = pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump")
+
+
+@functools.cache
+def dump(*options: str) -> str:
+    tool, file = cuobjdump(), library()
+    assert tool is not None
+    assert file is not None
+    command = [tool, *options, str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout
+
+
+class Kernel(NamedTuple):
+    architecture: str
+    name: str
+    registers: int
+    stack: int
+    local: int
+
+
+def kernels() -> list[Kernel]:
+    found, architecture, name = [], "", ""
+    for line in dump("-res-usage").splitlines():
+        if match := re.match(r"arch = sm_(\w+)", line):
+            architecture = match.group(1)
+        elif match := re.match(r"\s*Function (.*):$", line):
+            name = match.group(1)
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            found.append(Kernel(architecture, name, *map(int, match.groups())))
+    return [kernel for kernel in found if "_kernel<" in kernel.name]
+
+
+@functools.cache
+def machine_code(architecture: str) -> dict[str, str]:
+    """SASS of every kernel, by its name."""
+    code: dict[str, list[str]] = defaultdict(list)
+    name = ""
+    for line in dump("-sass", "-arch", f"sm_{architecture}").splitlines():
+        if match := re.match(r"\s*Function : (.*)$", line):
+            name = match.group(1)
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            code[name].append(line)
+    return {name: "\n".join(lines) for name, lines in code.items() if "_kernel<" in name}
+
+
+@pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
+def test_the_kernels_are_built_wherever_there_is_a_compiler() -> None:
+    assert library() is not None
+
+
+@needs_library
+@needs_disassembler
+def test_every_architecture_has_every_kernel() -> None:
+    count = defaultdict(int)
+    for kernel in kernels():
+        count[kernel.architecture] += 1
+    # reduce: a Euclidean one for each type of gradient, an adaptive one for each pair.
+    expected = (4 + PAIRS) + PAIRS * GEOMETRIES + PAIRS * RULES
+    assert {"80", "90"} <= set(count) <= set(ARCHITECTURES)
+    assert set(count.values()) == {expected}
+    assert "PTX" in dump("-lptx"), "a newer architecture could not compile its own code"
+
+
+@needs_library
+@needs_disassembler
+def test_nothing_spills_and_half_of_the_threads_fit(record_property: object) -> None:
+    worst: dict[tuple[str, bool], int] = defaultdict(int)
+    for kernel in kernels():
+        what = f"{kernel.name} on sm_{kernel.architecture}"
+        assert kernel.stack == 0, f"{what} has a stack of {kernel.stack} bytes"
+        assert kernel.local == 0, f"{what} has {kernel.local} bytes of local memory"
+        double = "<double, double" in kernel.name
+        assert double or kernel.registers <= HALF_OCCUPANCY, f"{what}: {kernel.registers} registers"
+        key = (kernel.architecture, double)
+        worst[key] = max(worst[key], kernel.registers)
+    for architecture in sorted({kernel.architecture for kernel in kernels()}, key=int):
+        mine = [kernel for kernel in kernels() if kernel.architecture == architecture]
+        record_property(  # type: ignore[operator]
+            "GPU check",
+            f"CUDA, sm_{architecture}: {len(mine)} kernels compiled, no spills, no local memory; "
+            f"at most {worst[architecture, False]} registers, float64 {worst[architecture, True]}",
+        )
+
+
+@needs_library
+@needs_disassembler
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_hot_kernels_move_vectors_of_16_bytes(architecture: str, record_property: object) -> None:
+    code = machine_code(architecture)
+    assert code
+    loads = stores = 0
+    for name, text in code.items():
+        assert not re.search(r"\b(?:LDL|STL)\b", text), f"{name} uses local memory"
+        # Addresses come from a table: a generic access would mean that nobody told the compiler.
+        assert not re.search(r"\b(?:LD|ST)\.E\b", text), f"{name} has generic accesses"
+        assert re.search(r"\bLDG\.E\.128\b", text), f"{name} loads no vectors of 16 bytes"
+        loads += len(re.findall(r"\bLDG\.E\.128\b", text))
+        stored = len(re.findall(r"\bSTG\.E\.128\b", text))
+        assert stored or "reduce_kernel" in name, f"{name} stores no vectors of 16 bytes"
+        stores += stored
+    record_property(  # type: ignore[operator]
+        "GPU check",
+        f"CUDA, sm_{architecture}: {loads} loads and {stores} stores of 16 bytes in "
+        f"{len(code)} kernels, none generic or local",
+    )

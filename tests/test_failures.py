@@ -11,7 +11,8 @@ import torch
 from cases import BASES, FOREIGN_BASES, METHODS, parameters, set_gradients, step
 from torch.optim import SGD, AdamW
 
-from wsam_fused import SAM, WSAM
+from wsam_fused import SAM, WSAM, _extension
+from wsam_fused.gradients import GradientReader
 from wsam_fused.tensor_list import TensorList
 
 ALL_BASES = {**BASES, **FOREIGN_BASES}
@@ -364,3 +365,16 @@ def test_failing_to_back_up_the_second_list_is_reported_as_such(
         optimizer.first_step(zero_grad=True)
     assert not optimizer.is_perturbed
     assert all(torch.equal(param, torch.ones_like(param)) for param in params)
+
+
+def test_the_compiled_reader_notices_a_gradient_on_another_device() -> None:
+    """Which ``grad.data = ...`` can bring: to a kernel its address would mean something else."""
+    if _extension.READ_GRADIENTS is None:
+        pytest.skip("the reader is not compiled")
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    set_gradients(params, 0)
+    reader = GradientReader(params)
+    assert reader._read_usual(take=False) is not None
+    reader._device_index = 0  # as if the parameters were on a GPU
+    assert reader._read_usual(take=True) is None
+    assert all(param.grad is not None for param in params)

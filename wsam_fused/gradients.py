@@ -13,7 +13,13 @@ from wsam_fused import _extension
 from wsam_fused.plan import addresses_of, host_integers
 
 _NAMES = ("grad", "dtype")
-_METHODS = (Tensor.data_ptr, Tensor.is_contiguous, Tensor._is_view, Tensor.numel)
+_METHODS = (
+    Tensor.data_ptr,
+    Tensor.is_contiguous,
+    Tensor._is_view,
+    Tensor.numel,
+    Tensor.get_device,
+)
 
 
 class Gradients(NamedTuple):
@@ -56,6 +62,7 @@ class GradientReader:
         self._sizes = host_integers(map(Tensor.numel, self._params))
         self.noted_layouts = self.layouts()
         self._contiguous = all(map(Tensor.is_contiguous, self._params))
+        self._device_index = self._params[0].get_device()  # -1 for the CPU
 
     def layouts(self) -> list[tuple[torch.Size, tuple[int, ...]]]:
         """Shape and strides of every parameter as they are now."""
@@ -113,6 +120,7 @@ class GradientReader:
             self._dtype,
             _NAMES,
             _METHODS,
+            self._device_index,
             self._storage.data_ptr(),
             self._sizes.data_ptr(),
             self._addresses.data_ptr(),

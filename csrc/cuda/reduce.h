@@ -135,9 +135,4 @@ struct Reduce {
   }
 };
 
-// One level of the tree over the threads' sums; between two levels all threads have to meet.
-WSAM_HOST_DEVICE void fold(Sums* sums, int thread, int half) {
-  if (thread < half) sums[thread] += sums[thread + half];
-}
-
 }  // namespace wsam_fused

@@ -13,12 +13,13 @@ namespace {
 
 struct Request {
   PyObject *params, *dtype;
-  PyObject *grad_name, *dtype_name;                      // attribute names
-  PyObject *data_ptr, *is_contiguous, *is_view, *numel;  // methods of torch.Tensor
-  const int64_t* known;                                  // addresses of the parameters
-  const int64_t* sizes;                                  // elements of the parameters
-  int64_t* addresses;                                    // out: addresses of the gradients
-  bool take;                                             // leave None in .grad
+  PyObject *grad_name, *dtype_name;                                   // attribute names
+  PyObject *data_ptr, *is_contiguous, *is_view, *numel, *get_device;  // methods of torch.Tensor
+  int64_t device;        // what get_device says of the parameters
+  const int64_t* known;  // addresses of the parameters
+  const int64_t* sizes;  // elements of the parameters
+  int64_t* addresses;    // out: addresses of the gradients
+  bool take;             // leave None in .grad
 };
 
 // Calls a method without arguments and compares its result with a singleton.
@@ -48,11 +49,12 @@ PyObject* usual_gradient(const Request& request, Py_ssize_t index) {
   PyObject* const param = PyList_GetItem(request.params, index);
   PyObject* const grad = param ? PyObject_GetAttr(param, request.grad_name) : nullptr;
   if (!grad) return nullptr;
-  int64_t param_address = 0, size = 0;
+  int64_t param_address = 0, size = 0, device = 0;
   const bool usual = grad != Py_None && has_dtype(request, grad) &&
                      returns(request.is_contiguous, grad, Py_True) &&
                      (!request.take || returns(request.is_view, grad, Py_False)) &&
                      integer_of(request.numel, grad, &size) && size == request.sizes[index] &&
+                     integer_of(request.get_device, grad, &device) && device == request.device &&
                      integer_of(request.data_ptr, grad, &request.addresses[index]) &&
                      returns(request.is_contiguous, param, Py_True) &&
                      integer_of(request.data_ptr, param, &param_address) &&
@@ -74,13 +76,15 @@ void give_back(const Request& request, PyObject* grads, Py_ssize_t count) {
 PyObject* read_gradients(PyObject*, PyObject* args) {
   Request request{};
   unsigned long long known = 0, sizes = 0, addresses = 0;
+  long long device = 0;
   int take = 0;
-  if (!PyArg_ParseTuple(args, "OO(OO)(OOOO)KKKp", &request.params, &request.dtype,
+  if (!PyArg_ParseTuple(args, "OO(OO)(OOOOO)LKKKp", &request.params, &request.dtype,
                         &request.grad_name, &request.dtype_name, &request.data_ptr,
-                        &request.is_contiguous, &request.is_view, &request.numel, &known, &sizes,
-                        &addresses, &take)) {
+                        &request.is_contiguous, &request.is_view, &request.numel,
+                        &request.get_device, &device, &known, &sizes, &addresses, &take)) {
     return nullptr;
   }
+  request.device = device;
   request.known = reinterpret_cast<const int64_t*>(known);
   request.sizes = reinterpret_cast<const int64_t*>(sizes);
   request.addresses = reinterpret_cast<int64_t*>(addresses);
@@ -104,7 +108,8 @@ PyObject* read_gradients(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"read_gradients", read_gradients, METH_VARARGS,
-     "read_gradients(params, dtype, names, methods, known, addresses, take) -> list | None"},
+     "read_gradients(params, dtype, names, methods, device, known, sizes, addresses, take) -> "
+     "list | None"},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

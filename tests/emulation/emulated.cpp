@@ -1,73 +1,67 @@
-// The GPU operations on the CPU: the per-thread code of csrc/cuda, run block by block and thread by
-// thread, with the operations' own checks and dtype switches. The kernels around it (launch.cuh)
-// and what a real GPU adds, memory order above all, are not tested by this.
+// The GPU operations on the CPU: the kernels of csrc/cuda, run thread by thread (grid.h), with the
+// operations' own checks and dtype switches.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
+// Before the kernels: the words of CUDA.
+#include "grid.h"
+// The kernels.
+#include "cuda/kernels.cuh"
 #include "cuda/operations.h"
 #include "schemas.h"
 
 namespace wsam_fused {
 namespace {
 
-// Few enough that a block gets several chunks, and more than one block gets any.
-int64_t blocks_of(const Plan& plan) { return smaller(plan.chunks, 3); }
+uint32_t seed = 0;
 
-// Visits the windows of every chunk that the block takes.
-template <typename Visit>
-void for_each_window(const Plan& plan, int64_t chunk, const Visit& visit) {
-  const int64_t last = plan.last_tensor(chunk);
-  for (int64_t first = plan.first_tensor[chunk]; first <= last; first += kSlots) {
-    visit(window_at(plan, chunk, first), first);
-  }
-}
-
-Sums block_total(std::vector<Sums> sums) {
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    for (int thread = 0; thread < kThreads; ++thread) fold(sums.data(), thread, half);
-  }
-  return sums[0];
-}
+void set_seed(int64_t value) { seed = uint32_t(value); }
 
 struct Emulator {
   template <typename Op>
   static void walk(const Op& op, const Tensor&) {
-    const auto step = op.begin();
-    for (int64_t block = 0; block < blocks_of(op.plan); ++block) {
-      // Shared memory is not initialized on a device either.
-      std::vector<typename Op::Slot> slots(kSlots);
-      for (auto& slot : slots) slot.forget();
-      for (int64_t chunk = block; step.active && chunk < op.plan.chunks;
-           chunk += blocks_of(op.plan)) {
-        for_each_window(op.plan, chunk, [&](const Window& window, int64_t first) {
-          for (int t = 0; t < window.count; ++t) op.fill(slots[t], chunk, first + t, step);
-          // In reverse: nothing may depend on the order of the threads.
-          for (int t = kThreads - 1; t >= 0; --t) op.work(window, slots.data(), t);
-        });
-      }
-    }
-    for (int thread = 0; thread < kThreads; ++thread) op.finish(thread, step);
+    run_grid(walk_kernel<Op>, op, blocks_of(op.plan), kThreads, seed);
   }
 
   template <typename Op>
   static void reduce(const Op& op, const Tensor&) {
-    for (int64_t block = 0; block < blocks_of(op.plan); ++block) {
-      std::vector<typename Op::Slot> slots(kSlots);
-      for (int64_t chunk = block; chunk < op.plan.chunks; chunk += blocks_of(op.plan)) {
-        std::vector<Sums> sums(kThreads, Sums{0, 0});
-        for_each_window(op.plan, chunk, [&](const Window& window, int64_t first) {
-          for (int t = 0; t < window.count; ++t) op.fill(slots[t], chunk, first + t);
-          for (int t = 0; t < kThreads; ++t) op.work(window, slots.data(), t, sums[t]);
-        });
-        op.store_partial(chunk, block_total(sums));
-      }
-    }
-    std::vector<Sums> sums;
-    for (int thread = 0; thread < kThreads; ++thread) sums.push_back(op.sum_of_partials(thread));
-    op.store_total(block_total(sums));
+    run_grid(reduce_kernel<Op>, op, blocks_of(op.plan), kThreads, seed);
   }
+
+ private:
+  // Few enough that a block gets several chunks, and more than one block gets any.
+  static int64_t blocks_of(const Plan& plan) { return smaller(plan.chunks, 3); }
 };
+
+// For the test of the emulation itself: every thread passes a number on to the next one.
+struct PassOn {
+  int64_t* received;
+  int64_t barriers;  // between: 1 is right; 0: none; 2: one that a thread of the last block skips
+};
+
+struct Given {
+  int64_t numbers[kThreads];
+};
+
+void pass_on_kernel(const PassOn op) {
+  WSAM_SHARED(Given, given);
+  const int thread = threadIdx.x;
+  given.numbers[thread] = 0;
+  __syncthreads();
+  const int64_t first = int64_t(blockIdx.x) * kThreads;
+  given.numbers[thread] = 1000 + first + thread;
+  const bool skips = thread == 0 && blockIdx.x + 1 == gridDim.x;
+  if (op.barriers == 1 || (op.barriers == 2 && !skips)) __syncthreads();
+  op.received[first + thread] = given.numbers[(thread + 1) % kThreads];
+}
+
+std::vector<int64_t> pass_on(int64_t barriers) {
+  constexpr int64_t kBlocks = 3;
+  std::vector<int64_t> received(kBlocks * kThreads);
+  run_grid(pass_on_kernel, PassOn{received.data(), barriers}, kBlocks, kThreads, seed);
+  return received;
+}
 
 // Which tensor, and where in the chunk.
 struct NamedSlot {
@@ -79,7 +73,9 @@ struct NamedSlot {
 // every piece of at most `width` elements.
 template <int width>
 void append_visits(const Plan& plan, int64_t chunk, std::vector<int64_t>& visits) {
-  for_each_window(plan, chunk, [&](const Window& window, int64_t first) {
+  const int64_t last = plan.last_tensor(chunk);
+  for (int64_t first = plan.first_tensor[chunk]; first <= last; first += kSlots) {
+    const Window window = window_at(plan, chunk, first);
     NamedSlot slots[kSlots];
     for (int t = 0; t < window.count; ++t) {
       slots[t] = {place_of(plan, chunk, first + t), first + t};
@@ -94,7 +90,7 @@ void append_visits(const Plan& plan, int64_t chunk, std::vector<int64_t>& visits
             }
           });
     }
-  });
+  }
 }
 
 std::vector<int64_t> visits(Tensor table, Tensor chunks, int64_t chunk_size, int64_t chunk,
@@ -110,10 +106,17 @@ std::vector<int64_t> visits(Tensor table, Tensor chunks, int64_t chunk_size, int
 }  // namespace
 
 STABLE_TORCH_LIBRARY(wsam_fused_emulated, library) {
+  library.def("set_seed(int seed) -> ()");
+  library.def("pass_on(int barriers) -> int[]");
   library.def("visits(Tensor table, Tensor chunks, int chunk_size, int chunk, int width) -> int[]");
   library.def(kReduceSchema);
   library.def(kPerturbSchema);
   library.def(kUpdateSchema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(wsam_fused_emulated, CompositeExplicitAutograd, library) {
+  library.impl("set_seed", TORCH_BOX(&set_seed));
+  library.impl("pass_on", TORCH_BOX(&pass_on));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wsam_fused_emulated, CPU, library) {

@@ -13,14 +13,17 @@
 #if defined(__CUDACC__)
 #define WSAM_HOST_DEVICE __host__ __device__ __forceinline__
 #define WSAM_UNROLL _Pragma("unroll")
+#define WSAM_NO_UNROLL _Pragma("unroll 1")
 #elif defined(__GNUC__)
 // The loops are compiled once per instruction set (cpu/isa.h); everything they call has to be
 // inlined into them to be compiled with them.
 #define WSAM_HOST_DEVICE inline __attribute__((always_inline))
 #define WSAM_UNROLL
+#define WSAM_NO_UNROLL
 #else
 #define WSAM_HOST_DEVICE inline
 #define WSAM_UNROLL
+#define WSAM_NO_UNROLL
 #endif
 
 namespace wsam_fused {
@@ -121,10 +124,9 @@ struct Plan {
 
 // Whether the tensor has a gradient from each of the first `evaluations` evaluations.
 WSAM_HOST_DEVICE bool has_all_gradients(const Plan& plan, int64_t tensor, int evaluations) {
-  for (int k = 0; k < evaluations; ++k) {
-    if (!plan.at(TableRow(kGrad1 + k), tensor)) return false;
-  }
-  return true;
+  bool all = true;
+  for (int k = 0; k < evaluations; ++k) all &= plan.at(TableRow(kGrad1 + k), tensor) != 0;
+  return all;
 }
 
 }  // namespace wsam_fused

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from machine_code import spills_in_loops
 
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.plan import Geometry
@@ -117,33 +118,6 @@ def _machine_code(triton: Path, cubin: bytes) -> dict[str, Any]:
     assert found is not None, usage
     registers, stack = map(int, found.groups())
     return {"registers": registers, "stack": stack, "spills_in_loops": spills_in_loops(code)}
-
-
-def spills_in_loops(code: str) -> int | None:
-    """Count accesses to the stack in the loops that move vectors; None if there is no such loop.
-
-    A loop is what a branch back to an earlier address encloses. Only the innermost ones are hot:
-    those around them run once per chunk or per tensor.
-    """
-    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
-    instructions = [(int(address, 16), text) for address, text in found]
-    loops = []
-    for address, text in instructions:
-        jump = re.search(r"\bBRA(?:\.\w+)* .*?0x([0-9a-f]+)", text)
-        if jump and int(jump.group(1), 16) < address:
-            loops.append((int(jump.group(1), 16), address))
-    inner = [
-        (begin, end)
-        for begin, end in loops
-        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in loops)
-    ]
-    bodies = [
-        [text for address, text in instructions if begin <= address <= end] for begin, end in inner
-    ]
-    moving = [body for body in bodies if any(re.search(r"LDG\S*\.(?:64|128)", t) for t in body)]
-    if not moving:
-        return None
-    return sum(bool(re.search(r"\b(?:LDL|STL)\b", text)) for body in moving for text in body)
 
 
 def launches() -> dict[str, int]:

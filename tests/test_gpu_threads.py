@@ -74,7 +74,9 @@ def received(seed: int, barriers: int) -> list[int]:
 
 
 def test_the_emulation_finds_a_missing_barrier() -> None:
-    blocks = [[1000 + 256 * block + (thread + 1) % 256 for thread in range(256)] for block in range(3)]
+    blocks = [
+        [1000 + 256 * block + (thread + 1) % 256 for thread in range(256)] for block in range(3)
+    ]
     right = [number for block in blocks for number in block]
     assert all(received(seed, 1) == right for seed in SEEDS)
     wrong = [received(seed, 0) for seed in SEEDS]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compile_triton import ARCHITECTURES, ENTRIES, spills_in_loops
+from compile_triton import ARCHITECTURES, ENTRIES
+from machine_code import spills_in_loops
 
 SCRIPT = Path(__file__).parent / "compile_triton.py"
 PROCESSES = 2

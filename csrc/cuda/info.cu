@@ -21,7 +21,9 @@ __global__ void probe_kernel() {}
 void require_device(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   cudaFuncAttributes attributes;
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, probe_kernel));
+  const cudaError_t found = cudaFuncGetAttributes(&attributes, probe_kernel);
+  cudaGetLastError();  // else the next launch on another device would report it
+  STD_CUDA_CHECK(found);
 }
 
 }  // namespace

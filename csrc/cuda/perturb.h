@@ -10,15 +10,16 @@ namespace wsam_fused {
 
 // Puts w back: w = fma(-s, g1, p), or the backup (then `scale` is 0 and `source` is the backup).
 template <int width, typename P, typename G, typename T>
-WSAM_HOST_DEVICE void restore(P* p, const P* source, const G* g1, T scale, const Piece& piece) {
+WSAM_HOST_DEVICE void restore(P* p, const P* source, const G* g1, T scale,
+                              const Piece<width>& piece) {
   T from[width], g[width];
-  load<width>(source, piece, from);
+  load(source, piece, from);
   if (scale != T(0)) {
-    load<width>(g1, piece, g);
+    load(g1, piece, g);
     WSAM_UNROLL
     for (int k = 0; k < width; ++k) from[k] = recomputed(from[k], g[k], scale);
   }
-  store<width>(p, piece, from);
+  store(p, piece, from);
 }
 
 template <typename P, typename G, Geometry geometry>
@@ -65,30 +66,32 @@ struct Perturb {
   }
 
   WSAM_HOST_DEVICE void work(const Window& window, const Slot* slots, int thread) const {
-    for_each_share<kWidth>(window, slots, thread,
-                           [&](const Slot& slot, int begin, int end, int stride) {
-                             if (!slot.g1) return;
-                             for (int i = begin; i < end; i += stride) {
-                               const Piece piece = piece_at<kWidth>(i, end, slot.aligned);
-                               if (undo) {
-                                 restore<kWidth>(slot.p, slot.backup ? slot.backup : slot.p,
-                                                 slot.g1, slot.backup ? T(0) : slot.scale, piece);
-                               } else {
-                                 move(slot, piece);
-                               }
-                             }
-                           });
+    const auto visit = [&](const Slot& slot, int begin, int end, int stride) {
+      if (!slot.g1) return;
+      for (int i = begin; i < end; i += stride) {
+        for_each_piece<kWidth>(i, end, slot.aligned, [&](auto piece) {
+          if (undo) {
+            restore(slot.p, slot.backup ? slot.backup : slot.p, slot.g1,
+                    slot.backup ? T(0) : slot.scale, piece);
+          } else {
+            move(slot, piece);
+          }
+        });
+      }
+    };
+    for_each_share<kWidth>(window, slots, thread, visit);
   }
 
-  static WSAM_HOST_DEVICE void move(const Slot& slot, const Piece& piece) {
-    T w[kWidth], g[kWidth];
-    load<kWidth>(slot.p, piece, w);
-    load<kWidth>(slot.g1, piece, g);
+  template <int width>
+  static WSAM_HOST_DEVICE void move(const Slot& slot, const Piece<width>& piece) {
+    T w[width], g[width];
+    load(slot.p, piece, w);
+    load(slot.g1, piece, g);
     // First the copy: it may take the memory of g1.
-    if (slot.backup) store<kWidth>(slot.backup, piece, w);
+    if (slot.backup) store(slot.backup, piece, w);
     WSAM_UNROLL
-    for (int k = 0; k < kWidth; ++k) w[k] = perturbed<geometry>(w[k], g[k], slot.scale);
-    store<kWidth>(slot.p, piece, w);
+    for (int k = 0; k < width; ++k) w[k] = perturbed<geometry>(w[k], g[k], slot.scale);
+    store(slot.p, piece, w);
   }
 
   // Run by the block that is last, when no other reads the flags any more.

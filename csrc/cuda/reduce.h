@@ -63,28 +63,32 @@ struct Reduce {
     const G* const g = slot.g;
     const P* const w = slot.w;
     const bool aligned = slot.aligned;
-    // Two vectors at once: more of the memory's latency is hidden than by one. With the metric two
-    // operands do that.
-    constexpr int kAtOnce = geometry == kEuclidean ? 2 : 1;
-    for (int i = begin; i < end; i += kAtOnce * stride) {
-      T near[kWidth], far[kWidth], near_w[kWidth], far_w[kWidth];
-      load_pair(g, w, piece_at<kWidth>(i, end, aligned), near, near_w);
-      const bool both = kAtOnce == 2 && i + stride < end;
-      if (both) load_pair(g, w, piece_at<kWidth>(i + stride, end, aligned), far, far_w);
-      add_squares(near, near_w, sums);
-      if (both) add_squares(far, far_w, sums);
+    int i = begin;
+    if constexpr (geometry == kEuclidean) {
+      // Two vectors at once: more of the memory's latency is hidden than by one. With the metric
+      // two operands do that.
+      for (; aligned && i + stride + kWidth <= end; i += 2 * stride) {
+        T near[kWidth], far[kWidth];
+        load(g, Piece<kWidth>{i}, near);
+        load(g, Piece<kWidth>{i + stride}, far);
+        add_squares(near, near, sums);
+        add_squares(far, far, sums);
+      }
+    }
+    for (; i < end; i += stride) {
+      for_each_piece<kWidth>(i, end, aligned, [&](auto piece) {
+        T x[piece.width], at[piece.width];
+        load(g, piece, x);
+        if constexpr (geometry == kAdaptive) load(w, piece, at);
+        add_squares(x, at, sums);
+      });
     }
   }
 
-  static WSAM_HOST_DEVICE void load_pair(const G* g, const P* w, const Piece& piece, T (&x)[kWidth],
-                                         T (&at)[kWidth]) {
-    load<kWidth>(g, piece, x);
-    if constexpr (geometry == kAdaptive) load<kWidth>(w, piece, at);
-  }
-
-  static WSAM_HOST_DEVICE void add_squares(const T (&g)[kWidth], const T (&w)[kWidth], Sums& sums) {
+  template <int width>
+  static WSAM_HOST_DEVICE void add_squares(const T (&g)[width], const T (&w)[width], Sums& sums) {
     WSAM_UNROLL
-    for (int k = 0; k < kWidth; ++k) {
+    for (int k = 0; k < width; ++k) {
       const double x = double(g[k]);
       sums.plain_sq = fused_multiply_add(x, x, sums.plain_sq);
       if constexpr (geometry == kAdaptive) {

@@ -65,31 +65,50 @@ struct Update {
   }
 
   WSAM_HOST_DEVICE void work(const Window& window, const Slot* slots, int thread) const {
-    for_each_share<kWidth>(window, slots, thread,
-                           [&](const Slot& slot, int begin, int end, int stride) {
-                             if (slot.work == kLeave) return;
-                             for (int i = begin; i < end; i += stride) {
-                               const Piece piece = piece_at<kWidth>(i, end, slot.aligned);
-                               if (slot.work == kUpdate) {
-                                 update(slot, piece);
-                               } else {
-                                 restore<kWidth>(slot.p, slot.source, slot.g[0], slot.scale, piece);
-                               }
-                             }
-                           });
+    const auto visit = [&](const Slot& slot, int begin, int end, int stride) {
+      if (slot.work == kLeave) return;
+      for (int i = begin; i < end; i += stride) {
+        for_each_piece<kWidth>(i, end, slot.aligned, [&](auto piece) {
+          if (slot.work == kUpdate) {
+            update(slot, piece);
+          } else {
+            restore(slot.p, slot.source, slot.g[0], slot.scale, piece);
+          }
+        });
+      }
+    };
+    for_each_share<kWidth>(window, slots, thread, visit);
   }
 
   // Run by the block that is last, when no other reads what is written here.
   WSAM_HOST_DEVICE void finish(int thread, const Step& step) const {
-    for (int64_t tensor = thread; tensor < plan.tensors && !step.skipped; tensor += kThreads) {
-      if (has_all_gradients(plan, tensor, evaluations)) steps[tensor] += 1.0f;
-    }
+    if (!step.skipped) count_step(thread);
     if (thread != 0) return;
     flags[kPerturbed] = 0.0;
     if (step.skipped && count_skipped) scalars[kSkipped] += 1.0;
   }
 
  private:
+  // Several tensors at once, because nothing else is going on that could hide the latency.
+  WSAM_HOST_DEVICE void count_step(int thread) const {
+    constexpr int kAtOnce = 4;
+    for (int64_t first = thread; first < plan.tensors; first += kAtOnce * kThreads) {
+      float ages[kAtOnce];
+      bool updated[kAtOnce];
+      WSAM_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t tensor = smaller(first + k * kThreads, plan.tensors - 1);
+        ages[k] = steps[tensor];
+        updated[k] = has_all_gradients(plan, tensor, evaluations);
+      }
+      WSAM_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t tensor = first + k * kThreads;
+        if (tensor < plan.tensors && updated[k]) steps[tensor] = ages[k] + 1.0f;
+      }
+    }
+  }
+
   WSAM_HOST_DEVICE void fill_scalars(Slot& slot, int64_t group, float age) const {
     if (slot.group == group && slot.age == age) return;
     const double* const columns = groups + group * kGroupColumns;
@@ -121,42 +140,45 @@ struct Update {
     slot.aligned = aligned;
   }
 
-  WSAM_HOST_DEVICE void update(const Slot& slot, const Piece& piece) const {
+  template <int width>
+  WSAM_HOST_DEVICE void update(const Slot& slot, const Piece<width>& piece) const {
     // At most two states are loaded with the gradients: a third one would not fit the registers.
     constexpr int kEarly = kStates < 2 ? kStates : 2;
-    T w[kWidth], h[kWidth], d[kWidth], state[3][kWidth] = {};
+    T w[width], h[width], d[width], state[3][width] = {};
     {
-      T x1[kWidth], x2[kWidth], x3[kWidth] = {};
-      load<kWidth>(slot.source, piece, w);
-      load<kWidth>(slot.g[0], piece, x1);
-      load<kWidth>(slot.g[1], piece, x2);
-      if (evaluations == 3) load<kWidth>(slot.g[2], piece, x3);
+      T x1[width], x2[width], x3[width] = {};
+      load(slot.source, piece, w);
+      load(slot.g[0], piece, x1);
+      load(slot.g[1], piece, x2);
+      if (evaluations == 3) load(slot.g[2], piece, x3);
       WSAM_UNROLL
-      for (int s = 0; s < kEarly; ++s) load<kWidth>(slot.state[s], piece, state[s]);
+      for (int s = 0; s < kEarly; ++s) load(slot.state[s], piece, state[s]);
       WSAM_UNROLL
-      for (int k = 0; k < kWidth; ++k) {
+      for (int k = 0; k < width; ++k) {
         if (slot.scale != T(0)) w[k] = recomputed(w[k], x1[k], slot.scale);
         h[k] = combined(slot.row.h, x1[k], x2[k], x3[k]);
         d[k] = combined(slot.row.d, x1[k], x2[k], x3[k]);
       }
     }
     if constexpr (rule == kNone) {
-      store<kWidth>(slot.g[0], piece, h);
-      store<kWidth>(slot.g[1], piece, d);
+      store(slot.g[0], piece, h);
+      store(slot.g[1], piece, d);
     } else {
+      if constexpr (kEarly < kStates) hold_back_loads();
       WSAM_UNROLL
-      for (int s = kEarly; s < kStates; ++s) load<kWidth>(slot.state[s], piece, state[s]);
+      for (int s = kEarly; s < kStates; ++s) load(slot.state[s], piece, state[s]);
       step_rule(slot, w, h, d, state);
     }
-    store<kWidth>(slot.p, piece, w);
+    store(slot.p, piece, w);
     WSAM_UNROLL
-    for (int s = 0; s < kStates; ++s) store<kWidth>(slot.state[s], piece, state[s]);
+    for (int s = 0; s < kStates; ++s) store(slot.state[s], piece, state[s]);
   }
 
-  static WSAM_HOST_DEVICE void step_rule(const Slot& slot, T (&w)[kWidth], const T (&h)[kWidth],
-                                         const T (&d)[kWidth], T (&state)[3][kWidth]) {
+  template <int width>
+  static WSAM_HOST_DEVICE void step_rule(const Slot& slot, T (&w)[width], const T (&h)[width],
+                                         const T (&d)[width], T (&state)[3][width]) {
     WSAM_UNROLL
-    for (int k = 0; k < kWidth; ++k) {
+    for (int k = 0; k < width; ++k) {
       T mine[3] = {state[0][k], state[1][k], state[2][k]};
       w[k] = fused_multiply_add(-slot.base.lr, d[k], base_step<rule>(w[k], h[k], mine, slot.base));
       WSAM_UNROLL

@@ -1,6 +1,8 @@
 // Memory access of a GPU thread: vectors of at most 16 bytes, converted to the type that is
 // computed in. A vector that is ragged, or one of whose operands is not aligned, moves element by
-// element.
+// element. Which of both is decided once for all operands: with a branch in each load, those of low
+// precision are converted before the next one is asked for, one memory latency after the other
+// (seen in the machine code).
 //
 // No head is split off to reach alignment: the states are allocations of their own and begin
 // aligned, so that a parameter which does not can never share a head with them. Elements move one
@@ -39,17 +41,21 @@ WSAM_HOST_DEVICE bool is_aligned(const Storage* address) {
   return reinterpret_cast<uintptr_t>(address) % sizeof(Packed<Storage, width>) == 0;
 }
 
-// Part of a tensor that one thread handles at once: `count` elements from `begin`, all `width` of
-// them at an aligned address if `whole`.
+// What one thread handles at once: `width` elements from `begin`, at an aligned address.
+template <int elements>
 struct Piece {
-  int begin, count;
-  bool whole;
+  static constexpr int width = elements;
+  int begin;
 };
 
-template <int width>
-WSAM_HOST_DEVICE Piece piece_at(int begin, int end, bool aligned) {
-  const int count = end - begin < width ? end - begin : width;
-  return {begin, count, aligned && count == width};
+// Calls body with the `width` elements from `begin` as one piece, or with every one of them that is
+// before `end` where they are fewer or not aligned.
+template <int width, typename Body>
+WSAM_HOST_DEVICE void for_each_piece(int begin, int end, bool aligned, const Body& body) {
+  if (aligned && begin + width <= end) return body(Piece<width>{begin});
+  const int last = smaller(begin + width, end);
+  WSAM_NO_UNROLL
+  for (int i = begin; i < last; ++i) body(Piece<1>{i});
 }
 
 // Addresses come out of a table, and the compiler cannot see that they are global memory.
@@ -61,17 +67,20 @@ WSAM_HOST_DEVICE Storage* in_global_memory(Storage* address) {
   return address;
 }
 
-template <int width, typename Storage, typename T>
-WSAM_HOST_DEVICE void load(const Storage* tensor, const Piece& piece, T (&values)[width]) {
+template <typename Storage, int width, typename T>
+WSAM_HOST_DEVICE void load(const Storage* tensor, const Piece<width>& piece, T (&values)[width]) {
   const Storage* const from = in_global_memory(tensor + piece.begin);
-  if (piece.whole) {
-    const auto packed = *reinterpret_cast<const Packed<Storage, width>*>(from);
-    WSAM_UNROLL
-    for (int k = 0; k < width; ++k) values[k] = static_cast<T>(packed.values[k]);
-  } else {
-    WSAM_UNROLL
-    for (int k = 0; k < width; ++k) values[k] = k < piece.count ? static_cast<T>(from[k]) : T(0);
-  }
+  const auto packed = *reinterpret_cast<const Packed<Storage, width>*>(from);
+  WSAM_UNROLL
+  for (int k = 0; k < width; ++k) values[k] = static_cast<T>(packed.values[k]);
+}
+
+// The compiler moves no load that follows to before this place, where registers would have to wait
+// for it.
+WSAM_HOST_DEVICE void hold_back_loads() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
 }
 
 // In assembly, because nvcc takes an assigned struct apart (seen in what it made of it).
@@ -95,20 +104,13 @@ WSAM_HOST_DEVICE void store_packed(Storage* to, const Packed<Storage, width>& pa
   *reinterpret_cast<Packed<Storage, width>*>(to) = packed;
 }
 
-template <int width, typename Storage, typename T>
-WSAM_HOST_DEVICE void store(Storage* tensor, const Piece& piece, const T (&values)[width]) {
+template <typename Storage, int width, typename T>
+WSAM_HOST_DEVICE void store(Storage* tensor, const Piece<width>& piece, const T (&values)[width]) {
   Storage* const to = in_global_memory(tensor + piece.begin);
-  if (piece.whole) {
-    Packed<Storage, width> packed;
-    WSAM_UNROLL
-    for (int k = 0; k < width; ++k) packed.values[k] = static_cast<Storage>(values[k]);
-    store_packed(to, packed);
-  } else {
-    WSAM_UNROLL
-    for (int k = 0; k < width; ++k) {
-      if (k < piece.count) to[k] = static_cast<Storage>(values[k]);
-    }
-  }
+  Packed<Storage, width> packed;
+  WSAM_UNROLL
+  for (int k = 0; k < width; ++k) packed.values[k] = static_cast<Storage>(values[k]);
+  store_packed(to, packed);
 }
 
 }  // namespace wsam_fused

@@ -84,9 +84,10 @@ void append_visits(const Plan& plan, int64_t chunk, std::vector<int64_t>& visits
       for_each_share<width>(
           window, slots, thread, [&](const NamedSlot& slot, int begin, int end, int stride) {
             for (int i = begin; i < end; i += stride) {
-              const Piece piece = piece_at<width>(i, end, true);
-              visits.insert(visits.end(),
-                            {thread, slot.tensor, slot.place.begin + piece.begin, piece.count});
+              for_each_piece<width>(i, end, true, [&](auto piece) {
+                visits.insert(visits.end(),
+                              {thread, slot.tensor, slot.place.begin + piece.begin, piece.width});
+              });
             }
           });
     }

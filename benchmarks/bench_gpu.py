@@ -4,7 +4,8 @@
     python -m benchmarks.bench_gpu --device cpu --quick     a dry run of the same code, no GPU
 
 Cases come in the order of their importance, and none is started when the budget is spent: it then
-says so in the table. The files are written again after every step of the way.
+says so in the table. The files are written again after every step of the way. A run with the same
+sources, device and software goes on where the files in the folder end.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace, command: str) -> tuple[Path, bool]:
     graphs = [case for case in cases if _is_captured(case)]
     header = {**describe(device, command), **_copy_bandwidth(clock)}
     record = Record(header, cases, names, graphs, ours)
+    record.carry_over(options.out)
+    cases.sort(key=record.is_open, reverse=True)
     bench = Bench(device, clock, record, options.rounds, options.warmup, ours)
     able = _able(bench, cases, names, options.no_compile)
 
@@ -101,7 +104,8 @@ def run(options: argparse.Namespace, command: str) -> tuple[Path, bool]:
         _guarded(bench, case, partial(_capture, bench, case, able))
         save()
     if COMPILED in able and budget.has(options.compile_limit):
-        _compile(bench, cases, options.compile_limit, [ours] if ours in able else [], budget)
+        beside = [ours] if ours in able else []
+        _compile(bench, cases, options.compile_limit, beside, budget, save)
     return save(), not record.has_failures()
 
 
@@ -130,7 +134,8 @@ def _able(bench: Bench, cases: Sequence[Case], names: Sequence[str], no_compile:
     reasons.update(disagreeing(compared, bench.device))
     for name, reason in reasons.items():
         for case in cases:
-            if reason is not None:
+            measured_before = reason == _LEFT_OUT and not bench.record.row(case, name)["note"]
+            if reason is not None and not measured_before:
                 bench.record.fill(case, name, {"note": reason})
     return [name for name in names if reasons[name] is None]
 
@@ -162,7 +167,12 @@ def _capture(bench: Bench, case: Case, able: Sequence[str]) -> None:
 
 
 def _compile(
-    bench: Bench, cases: Sequence[Case], limit_s: float, beside: Sequence[str], budget: Budget
+    bench: Bench,
+    cases: Sequence[Case],
+    limit_s: float,
+    beside: Sequence[str],
+    budget: Budget,
+    save: Callable[[], Path],
 ) -> None:
     reason = disagreeing([COMPILED], bench.device).get(COMPILED)
     torch.compiler.reset()  # a case must not count as a recompilation of that
@@ -172,6 +182,7 @@ def _compile(
         elif budget.has(limit_s):
             print(f"{time.strftime('%H:%M:%S')} {case}, compiled", file=sys.stderr, flush=True)
             _guarded(bench, case, partial(measure_compiled, bench, case, limit_s, beside))
+            save()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

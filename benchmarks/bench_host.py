@@ -68,7 +68,7 @@ def measure(rounds: int) -> dict[str, float]:
     params, twins = (
         [torch.nn.Parameter(torch.randn(ELEMENTS)) for _ in range(TENSORS)] for _ in range(2)
     )
-    grads = [torch.randn(ELEMENTS) for _ in params]
+    grads, second = ([torch.randn(ELEMENTS) for _ in params] for _ in range(2))
     ours = WSAM(params, torch.optim.AdamW, lr=1e-3)
     plain = torch.optim.AdamW(twins, lr=1e-3, fused=True)
     reader = GradientReader(params)
@@ -79,8 +79,8 @@ def measure(rounds: int) -> dict[str, float]:
         call()
         spent[name].append(1e3 * (time.perf_counter() - start))
 
-    def set_grads(targets: list[torch.nn.Parameter]) -> None:
-        for target, grad in zip(targets, grads, strict=True):
+    def set_grads(targets: list[torch.nn.Parameter], values: list[Tensor] = grads) -> None:
+        for target, grad in zip(targets, values, strict=True):
             target.grad = grad
 
     for _ in range(rounds):
@@ -91,11 +91,11 @@ def measure(rounds: int) -> dict[str, float]:
         set_grads(twins)
         timed("plain", plain.step)
         set_grads(params)
-        timed("read", lambda: reader.read(keep=False, private=True))
+        timed("read", lambda: reader.read(take=True))
         plain.step()
         set_grads(params)
         timed("first", lambda: ours.first_step(zero_grad=True))
-        set_grads(params)
+        set_grads(params, second)
         timed("second", ours.second_step)
     return {name: statistics.median(times[rounds // 4 :]) for name, times in spent.items()}
 
@@ -129,6 +129,7 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"`python -m benchmarks.bench_host --rounds {arguments.rounds}`.\n"
     )
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "cpu-host.md").write_text(
         f"# A step over {TENSORS} tensors of {ELEMENTS} elements\n\n{note}\n{text}\n"
     )

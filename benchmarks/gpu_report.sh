@@ -6,12 +6,14 @@
 # Stages, by default all, in this order:
 #   build      the extension, from a clean copy of its sources
 #   tests      the whole test suite
-#   sanitize   compute-sanitizer's memcheck and racecheck over a small case of each operation
+#   sanitize   a small case of each operation, alone and under compute-sanitizer's memcheck and
+#              racecheck
 #   bench      the measurement
 #
 # A stage that fails does not keep the later ones from running; the exit status says whether one
-# did. Each leaves OUT/STAGE.log and OUT/stage-STAGE.json; the report is OUT/gpu-DEVICE.json and .md.
-# Needs no network. Environment:
+# did. OUT gets the report, gpu-DEVICE.json and .md, and stages.json and gpu_report.log. A later run
+# with the same OUT, sources and device adds to them. Needs no network, but setuptools 77 or newer.
+# Environment:
 #   PYTHON      the python that has torch (python3)
 #   OUT         folder of the results (benchmarks/results)
 #   BUDGET      seconds after which the benchmark starts no new case (400)
@@ -46,6 +48,8 @@ bench_arguments=("$@")
 [ ${#wanted[@]} -gt 0 ] || wanted=("${STAGES[@]}")
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
+LOGS=$(mktemp -d)
+trap 'rm -rf "$LOGS"' EXIT
 
 # limited SECONDS COMMAND...: ends it, and what it started, after so long.
 limited() {
@@ -80,32 +84,42 @@ stage_build() {
   echo "== built in $(since "$start") s"
   rm -f wsam_fused/_*.so
   cp "$clean"/wsam_fused/_*.so wsam_fused/
+  limited 60 "$PYTHON" -m wsam_fused
 }
 
 stage_tests() {
-  rm -f "$OUT/tests.xml"
-  # Files that need what is not installed are not collected, and the others run.
+  # What only a GPU shows comes first. Files that need what is not installed are not collected.
   local arguments=(-q -rs -p no:cacheprovider --continue-on-collection-errors
-                   "--junitxml=$OUT/tests.xml")
-  if ! "$PYTHON" -c 'import pytest_benchmark'; then
-    arguments+=(-o "addopts=--strict-markers" tests)
+                   "--junitxml=$LOGS/tests.xml" tests/test_gpu.py tests)
+  if "$PYTHON" -c 'import pytest_benchmark'; then
+    arguments+=(benchmarks)
+  else
+    arguments+=(-o "addopts=--strict-markers")
   fi
   limited "$TESTS_LIMIT" "$PYTHON" -m pytest "${arguments[@]}"
 }
 
+# small_case NAME BACKEND COMMAND...: the case under a command.
+small_case() {
+  local name=$1 backend=$2 code=0
+  shift 2
+  echo "== run: $name $backend"
+  PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" limited "$((SANITIZE_LIMIT / 5))" "$@" \
+    "$PYTHON" tests/gpu_small_case.py --backends "$backend" || code=$?
+  echo "== exit: $code"
+  [ "$code" -eq 0 ]
+}
+
 stage_sanitize() {
-  local failed=0 tool backend code limit=$((SANITIZE_LIMIT / 4))
+  local failed=0 backend
+  # torch asks for things that a driver need not have: errors of the API are Python's to report.
+  local sanitizer=("$SANITIZER" --report-api-errors no --error-exitcode 9)
   for backend in cuda triton; do
-    for tool in memcheck racecheck; do
-      echo "== run: $tool $backend"
-      code=0
-      # torch asks for things that a driver need not have: errors of the API are Python's to report.
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$limit" "$SANITIZER" --tool "$tool" \
-        --report-api-errors no --error-exitcode 9 \
-        "$PYTHON" -m benchmarks.gpu_small_case --backends "$backend" || code=$?
-      echo "== exit: $code"
-      [ "$code" -eq 0 ] || failed=1
-    done
+    small_case alone "$backend" env || failed=1
+    # Every tensor an allocation of its own, so that memcheck sees what lies behind it.
+    small_case memcheck "$backend" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" \
+      --tool memcheck || failed=1
+    small_case racecheck "$backend" env "${sanitizer[@]}" --tool racecheck || failed=1
   done
   return "$failed"
 }
@@ -123,17 +137,17 @@ run_stage() { # STAGE
   echo "== stage: $stage"
   start=$(now)
   set +e
-  (set -e; "stage_$stage") 2>&1 | tee "$OUT/$stage.log"
+  (set -e; "stage_$stage") 2>&1 | tee "$LOGS/$stage.log" | tee -a "$OUT/gpu_report.log"
   code=${PIPESTATUS[0]}
   set -e
   seconds=$(since "$start")
   echo "== stage $stage ended with exit code $code after $seconds s"
   limited 60 "$PYTHON" -m benchmarks.gpu.stages "$stage" --exit "$code" --seconds "$seconds" \
-    --out "$OUT" || code=1
+    --logs "$LOGS" --out "$OUT" || code=1
   [ "$code" -eq 0 ] || failed+=("$stage")
 }
 
-print_machine 2>&1 | tee "$OUT/machine.log"
+print_machine 2>&1 | tee -a "$OUT/gpu_report.log"
 for stage in "${wanted[@]}"; do
   run_stage "$stage"
 done

@@ -74,12 +74,22 @@ def _unaligned(dtype: torch.dtype) -> list[Tensor]:
     return [block[1:18], block[19:1042], block[1043:1044], block[1047:3999]]
 
 
+def _awkward(dtype: torch.dtype) -> list[Tensor]:
+    """Few tensors, of which each is a difficulty, and all can be walked by a kernel."""
+    sizes = [
+        torch.randn(shape, dtype=dtype) for shape in ((), (5,), (17, 3), (65,), (5 * 1024 + 3,))
+    ]
+    transposed = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    return [*sizes, *_unaligned(dtype), transposed]
+
+
 # What a kernel has to get right about a list of tensors.
 LAYOUTS: dict[str, Callable[[torch.dtype], list[Tensor]]] = {
     "sizes": _contiguous((), (1,), (0,), (3, 0), (5,), (17, 3), (64,), (65,), (128, 129)),
     "many-chunks": _contiguous((40_001,), (3,), (16_384,), (16_385,)),
     "strided": _strided,
     "unaligned": _unaligned,
+    "awkward": _awkward,
     "tiny": lambda dtype: [torch.randn(1 + i % 5, dtype=dtype) for i in range(2000)],
 }
 
@@ -95,11 +105,11 @@ def parameters(
     """Parameters of a layout, with the same values for the same seed on every device."""
     tensors = LAYOUTS[layout](dtype)
     if torch.device(device).type != "cpu":
-        tensors = [_moved(tensor, device) for tensor in tensors]
+        tensors = [moved(tensor, device) for tensor in tensors]
     return [torch.nn.Parameter(tensor) for tensor in tensors]
 
 
-def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy a tensor to a device, with its strides and its offset in the storage."""
     size = tensor.untyped_storage().nbytes() // tensor.element_size()
     storage = tensor.as_strided((size,), (1,), 0).to(device)

@@ -9,26 +9,55 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import device_of, parameters, step
-from tolerances import ONE_STEP, close
+from cases import device_of, parameters, set_gradients
+from tolerances import ONE_STEP, PERTURBED, REDUCTION, close
 
 STEPS = 4
 GradientDtypes = tuple[torch.dtype | None, torch.dtype | None]
 
 
 def compare_and_align(ours: Any, reference: Any, dtype: torch.dtype, what: str) -> None:
+    """Compare parameters and states, which may be on different devices."""
     pairs = zip(all_params(ours), all_params(reference), strict=True)
     wide = dtype if dtype == torch.float64 else torch.float32
     for i, (param, expected) in enumerate(pairs):
-        close(param.detach(), expected.detach(), ONE_STEP[dtype], f"{what}, parameter {i}")
+        close(
+            param.detach().cpu(), expected.detach().cpu(), ONE_STEP[dtype], f"{what}, parameter {i}"
+        )
         state, expected_state = ours.state[param], reference.state[expected]
         assert state.keys() == expected_state.keys()
         with torch.no_grad():
             param.copy_(expected)
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    close(value, expected_state[key], ONE_STEP[wide], f"{what}, {key} {i}")
+                    where = f"{what}, {key} {i}"
+                    close(value.cpu(), expected_state[key].cpu(), ONE_STEP[wide], where)
                     value.copy_(expected_state[key])
+
+
+def step_both(
+    ours: Any,
+    reference: Any,
+    dtype: torch.dtype,
+    number: int,
+    dtypes: GradientDtypes = (None, None),
+) -> None:
+    """Make a step with given gradients; compare at the ascent point and at the end."""
+    what = f"step {number}"
+    pairs = [(one, all_params(one)) for one in (ours, reference)]
+    for optimizer, params in pairs:
+        set_gradients(params, 2 * number, dtypes[0])
+        optimizer.first_step(zero_grad=True)
+    # Norms, which no comparison after the restore would show.
+    sums = [one._engine.primary.scalars[:2].cpu() for one in (ours, reference)]
+    close(*sums, REDUCTION[torch.float64], f"{what}, norms")
+    for i, (param, expected) in enumerate(zip(pairs[0][1], pairs[1][1], strict=True)):
+        where = f"{what}, parameter {i} at the ascent point"
+        close(param.detach().cpu(), expected.detach().cpu(), PERTURBED[dtype], where)
+    for optimizer, params in pairs:
+        set_gradients(params, 2 * number + 1, dtypes[1])
+        optimizer.second_step(zero_grad=True)
+    compare_and_align(ours, reference, dtype, what)
 
 
 def all_params(optimizer: Any) -> list[torch.nn.Parameter]:
@@ -53,9 +82,7 @@ def run_both(
     reference = method(lists[1], base, backend="eager", **kw)
     before = [param.detach().clone() for param in lists[0]]
     for number in range(STEPS):
-        step(ours, lists[0], number, gradient_dtypes)
-        step(reference, lists[1], number, gradient_dtypes)
-        compare_and_align(ours, reference, dtype, f"step {number}")
+        step_both(ours, reference, dtype, number, gradient_dtypes)
     # A single number of low precision may round back to what it was.
     least = 1 if dtype in (torch.float32, torch.float64) else 5
     pairs = zip(lists[0], before, strict=True)

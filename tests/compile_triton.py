@@ -28,11 +28,12 @@ PAIRS = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F6
 # On the other architectures: the ends of the range, and what is used most.
 FEW_PAIRS = [(F32, F32), (BF16, BF16), (F64, F64)]
 ARCHITECTURES = (80, 90, 100)
+CHUNK_SIZE = 65536  # of large lists
 EUCLIDEAN, ADAPTIVE = Geometry.EUCLIDEAN, Geometry.ADAPTIVE
 
 
 class Entry(NamedTuple):
-    """One kernel: the arguments of its module's ``operands``."""
+    """One kernel: the arguments of its module's ``operands`` but the size of the chunks."""
 
     architecture: int
     module: str
@@ -82,7 +83,12 @@ def compiled(entry: Entry) -> dict[str, Any]:
 
     module = {"reduce": reduce, "perturb": perturb, "update": update}[entry.module]
     kernel = getattr(module, f"_{entry.module}_kernel")
-    operands = module.operands(*entry.arguments, **entry.options)
+    operands = module.operands(*entry.arguments, CHUNK_SIZE, **entry.options)
+    if module is update:
+        dtype, _, rule, *_ = entry.arguments
+        programs = update.programs_per_processor(dtype, rule)
+    else:
+        programs = module.PROGRAMS_PER_PROCESSOR
     tables = {"table": "*i64", "first_tensor": "*i64", "steps": "*fp32"}
     doubles = dict.fromkeys(("groups", "scalars", "flags", "partials"), "*fp64")
     types = {**tables, **doubles, **dict.fromkeys(operands, "constexpr")}
@@ -90,11 +96,12 @@ def compiled(entry: Entry) -> dict[str, Any]:
     result = triton.compile(
         ASTSource(kernel, signature, operands),
         target=GPUTarget("cuda", entry.architecture, 32),
-        options=constants.OPTIONS,
+        options=constants.options(programs),
     )
     ptx = result.asm["ptx"]
     return {
         "triton": triton.__version__,
+        "threads_per_processor": programs * constants.THREADS,
         "moves_between_threads": result.asm["ttgir"].count("convert_layout"),
         "loads": re.findall(r"ld\.global\S*\.v\d\.b\d+", ptx),
         "stores": re.findall(r"st\.global\S*\.v\d\.b\d+", ptx),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -246,3 +248,45 @@ def test_the_tables_cannot_be_made_inside_a_capture(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match="make a whole step before the capture"):
         one.first_step(zero_grad=True)
     assert torch.equal(param, torch.ones(3))
+
+
+@pytest.mark.parametrize("change", ["group", "checkpoint", "state"])
+def test_what_a_graph_writes_to_outlives_the_tables_of_the_optimizer(change: str) -> None:
+    params = parameters("unaligned", torch.float32)
+    one = WSAM(params, AdamW, lr=0.1, rho=0.1)
+    step(one, params, 0)
+    engine = one._engine
+    assert engine is not None
+    table = engine.lists[0].table
+    assert table is not None
+    table._rows[0]._captured.append(torch.zeros(0))  # as send() does in a capture
+    addresses = weakref.ref(table.table)
+    del engine, table
+    if change == "group":
+        other = torch.nn.Parameter(torch.ones(3))
+        one.add_param_group({"params": [other]})
+        params.append(other)
+    elif change == "checkpoint":
+        one.load_state_dict(one.state_dict())
+    else:
+        one.state.clear()
+    step(one, params, 1)
+    gc.collect()
+    assert one._engine.lists[0].table.table is not addresses()  # type: ignore[union-attr]
+    assert addresses() is not None, "a replay would write to memory that others have"
+
+
+def test_looking_at_the_state_makes_no_new_tables() -> None:
+    """The state makes an entry for every parameter that it is asked for."""
+    params = parameters("unaligned", torch.float32)
+    params[1].requires_grad_(False)
+    one = WSAM(params, AdamW, lr=0.1, rho=0.1)
+    step(one, [params[0], *params[2:]], 0)
+    engine = one._engine
+    assert one.state[params[1]] == {}
+    step(one, [params[0], *params[2:]], 1)
+    assert one._engine is engine
+    del one.state[params[0]]
+    step(one, [params[0], *params[2:]], 2)
+    assert one._engine is not engine
+    assert float(one.state[params[0]]["step"]) == 1

@@ -378,3 +378,35 @@ def test_the_compiled_reader_notices_a_gradient_on_another_device() -> None:
     reader._device_index = 0  # as if the parameters were on a GPU
     assert reader._read_usual(take=True) is None
     assert all(param.grad is not None for param in params)
+
+
+def test_parameters_that_share_memory_are_refused() -> None:
+    block = torch.zeros(20)
+    params = [torch.nn.Parameter(block[:11]), torch.nn.Parameter(block[10:])]
+    with pytest.raises(ValueError, match=r"shapes \(11,\) and \(10,\) that share memory"):
+        SAM([{"params": params[:1]}, {"params": params[1:]}], SGD, lr=0.1)
+    # Side by side, and between each other's elements.
+    separate = [block[:5], block[5:10], block[10:].view(5, 2)[:, 0], block[10:].view(5, 2)[:, 1]]
+    SAM([torch.nn.Parameter(tensor) for tensor in separate], SGD, lr=0.1)
+
+
+def test_parameters_that_come_to_share_memory_are_refused(backend: str) -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = SAM(params, SGD, lr=0.1, backend=backend)
+    step(optimizer, params, 0)
+    params[1].data = params[0].data
+    set_gradients(params, 1)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.first_step(zero_grad=True)
+    assert all(param.grad is not None for param in params)
+
+
+@pytest.mark.parametrize("name", ["rho", "weight_decay", "eps"])
+def test_numbers_that_only_a_device_knows_are_refused(name: str, backend: str) -> None:
+    params = parameters("unaligned", torch.float32)
+    optimizer = SAM(params, AdamW, lr=0.1, backend=backend)
+    step(optimizer, params, 0)
+    optimizer.param_groups[0][name] = torch.tensor(0.1, device="meta")
+    with pytest.raises(TypeError, match=f"{name} is a tensor on meta, expected a number"):
+        step(optimizer, params, 1)
+    assert not optimizer.is_perturbed

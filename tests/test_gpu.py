@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from cases import BASES, METHODS, parameters, step
 from torch import Tensor
 
-from wsam_fused import WSAM
+from wsam_fused import WSAM, _extension
 from wsam_fused.backends import BACKENDS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -22,6 +23,14 @@ FUSED = [name for name in ("cuda", "triton") if BACKENDS[name].unavailable() is 
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that this GPU can use."""
     return str(request.param)
+
+
+def test_what_is_built_or_installed_can_be_used() -> None:
+    """Else all tests of a backend would be left out without a word."""
+    if _extension._library("_cuda") is not None:
+        assert BACKENDS["cuda"].unavailable() is None
+    if find_spec("triton") is not None:
+        assert BACKENDS["triton"].unavailable() is None
 
 
 class Training:
@@ -134,13 +143,15 @@ def test_launches_do_not_depend_on_the_number_of_tensors(backend: str) -> None:
         params = [torch.nn.Parameter(torch.randn(64, device="cuda")) for _ in range(tensors)]
         optimizer = WSAM(params, torch.optim.AdamW, lr=0.01, backend=backend)
         step(optimizer, params, 0)
-        grads = [torch.randn_like(param) for param in params]
-        for param, grad in zip(params, grads, strict=True):
+        g1, g2 = ([torch.randn_like(param) for param in params] for _ in range(2))
+        for param, grad in zip(params, g1, strict=True):
             param.grad = grad
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        kinds = [torch.profiler.ProfilerActivity.CUDA]
+        # acc_events: without it torch 2.11 warns that a second cycle would clear the first.
+        with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
             optimizer.first_step(zero_grad=True)
-            for param, grad in zip(params, grads, strict=True):
+            for param, grad in zip(params, g2, strict=True):
                 param.grad = grad
             optimizer.second_step()
             torch.cuda.synchronize()

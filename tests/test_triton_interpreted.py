@@ -15,7 +15,7 @@ import interpreted
 import pytest
 import torch
 from cases import BASES, FOREIGN_BASES, METHODS, OPTIONS, set_gradients, step
-from comparison import GradientDtypes, compare_and_align
+from comparison import GradientDtypes, step_both
 from tolerances import ONE_STEP, PERTURBED, REDUCTION, close
 from torch import Tensor
 
@@ -65,6 +65,11 @@ def around_chunks(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(size, dtype=dtype) for size in (1024, 1, 1023, 64, 2049, 960, 3)]
 
 
+def whole_chunks(dtype: torch.dtype) -> list[Tensor]:
+    """Some chunks of one tensor each, which go in whole blocks, and a rest."""
+    return [torch.randn(5 * 1024 + 3, dtype=dtype), torch.randn(2048, dtype=dtype)]
+
+
 def strided(dtype: torch.dtype) -> list[Tensor]:
     picture = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
     return [torch.randn(8, 6, dtype=dtype).t(), picture, torch.randn(10, 20, dtype=dtype)[:, ::2]]
@@ -96,9 +101,7 @@ def check(
     reference = METHODS[method](theirs, ALL_BASES[base], backend="eager", **options)
     before = mine[-1].detach().clone()
     for number in range(STEPS):
-        step(ours, mine, number, gradients)
-        step(reference, theirs, number, gradients)
-        compare_and_align(ours, reference, dtype, f"step {number}")
+        step_both(ours, reference, dtype, number, gradients)
     assert not torch.equal(mine[-1], before), "the comparison would pass by doing nothing"
 
 
@@ -148,6 +151,18 @@ def test_every_option(base: str, method: str, option: str) -> None:
 @pytest.mark.parametrize("values", [unaligned, around_chunks, strided, tiny])
 def test_every_layout(values: Values, option: str) -> None:
     check("wsam", "adamw", values, **OPTIONS[option])
+
+
+@interpreter
+@pytest.mark.parametrize("option", ["plain", "adaptive"])
+@pytest.mark.parametrize(
+    ("dtype", "gradients"),
+    [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F64)],
+    ids=["f32", "f32-bf16", "f32-f16", "bf16", "f16", "f64"],
+)
+@pytest.mark.parametrize("base", ["sgd", "nesterov", "adamw", "amsgrad"])
+def test_whole_blocks(base: str, dtype: torch.dtype, gradients: torch.dtype, option: str) -> None:
+    check("wsam", base, whole_chunks, dtype, (gradients, gradients), **OPTIONS[option])
 
 
 @interpreter

@@ -39,6 +39,9 @@ REDUCTION = {torch.float32: Tolerance(1e-12, 0.0), torch.float64: Tolerance(1e-1
 PERTURBED = {
     torch.float32: Tolerance(rtol=1.2e-7, atol=2e-7),
     torch.float64: Tolerance(rtol=5e-16, atol=1e-15),
+    # Neighbours, as above.
+    torch.bfloat16: Tolerance(rtol=2**-7, atol=2e-7),
+    torch.float16: Tolerance(rtol=2**-10, atol=2e-7),
 }
 
 

@@ -49,6 +49,20 @@ def number(
     return result
 
 
+def host_number(name: str, value: Any) -> float:
+    """Return ``value`` as a float, unless that would wait for a device.
+
+    Raises:
+        TypeError: ``value`` is a tensor on another device than the CPU.
+    """
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        raise TypeError(
+            f"{name} is a tensor on {value.device}, expected a number or a tensor on the CPU: "
+            "every step would wait for the device to read it (only lr may be on one)"
+        )
+    return float(value)
+
+
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Return ``value`` if it is one of ``allowed``; ValueError otherwise."""
     if value not in allowed:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wsam_fused.arguments import host_number
+
 
 class BaseRule(IntEnum):
     """Base rules that the kernels know; the values are those of ``csrc/plan.h``.
@@ -79,16 +81,20 @@ def hyper_of(rule: BaseRule, group: Mapping[str, Any]) -> Hyper:
     """Read what ``rule`` needs from ``group``; numbers may be one-element tensors.
 
     A learning rate that only a device knows is NaN here.
+
+    Raises:
+        TypeError: Another number is a tensor on a device.
     """
     # One NaN object for all: rows that hold it compare equal.
     lr = math.nan if device_learning_rate(group) is not None else float(group["lr"])
-    weight_decay = float(group.get("weight_decay", 0.0))
+    if rule == BaseRule.NONE:
+        return Hyper(lr, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    weight_decay = host_number("weight_decay", group["weight_decay"])
     if rule in (BaseRule.SGD, BaseRule.MOMENTUM):
-        momentum, dampening = float(group["momentum"]), float(group["dampening"])
+        momentum = host_number("momentum", group["momentum"])
+        dampening = host_number("dampening", group["dampening"])
         return Hyper(lr, weight_decay, 0.0, momentum, dampening, 0.0, float(group["nesterov"]))
-    if rule in (BaseRule.ADAM, BaseRule.AMSGRAD):
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        decoupled = group["decoupled_weight_decay"]
-        l2, decay = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
-        return Hyper(lr, l2, decay, beta1, beta2, float(group["eps"]), 0.0)
-    return Hyper(lr, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    beta1, beta2 = (host_number("betas", beta) for beta in group["betas"])
+    eps = host_number("eps", group["eps"])
+    l2, decay = (0.0, weight_decay) if group["decoupled_weight_decay"] else (weight_decay, 0.0)
+    return Hyper(lr, l2, decay, beta1, beta2, eps, 0.0)

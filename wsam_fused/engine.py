@@ -11,18 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wsam_fused.backends import BACKENDS, Backend, Choice, select
-from wsam_fused.backups import Backups
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.foreign import gradients_for_step
-from wsam_fused.gradients import Gradients, walkable
-from wsam_fused.plan import Geometry, GroupRow, Slot, addresses_of
+from wsam_fused.gradients import Gradients, check_not_overwritten, walkable
+from wsam_fused.parameters import check_separate, is_dense
+from wsam_fused.plan import Geometry, GroupRow, PointerTable, Slot, addresses_of
 from wsam_fused.shared_scalars import SharedScalars
+from wsam_fused.storage import follow_storage
 from wsam_fused.tensor_list import (
     LOW_PRECISION,
     ListKey,
     TensorList,
-    is_dense,
-    laid_out_like,
     state_tensor,
 )
 
@@ -48,6 +47,9 @@ class StepEngine:
         reuse_first_gradient: Whether a backup of w may take the memory of g1.
         foreign: The base optimizer to be stepped where there is no fused update.
         step_counts: Updates that parameters have had, where the state does not say.
+
+    Raises:
+        ValueError: Two parameters share memory, or a state does not fit its parameter.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class StepEngine:
                     members[self._key_of(param, kind, backend)].append((param, index))
                 else:
                     self._left_out.append(param)
+        check_separate(param for list_ in members.values() for param, _ in list_)
         devices = dict.fromkeys(key.device for key in members) or [torch.device("cpu")]
         self._shared = {device: SharedScalars(device) for device in devices}
         self.primary = next(iter(self._shared.values()))
@@ -134,10 +137,27 @@ class StepEngine:
             self.stale
             or kinds != self.kinds
             or state is not self._state
-            # A foreign optimizer makes its own entries.
-            or (self._foreign is None and len(state) != self._state_size)
+            or self._lost_state()
             or any(param.grad is not None for param in self._left_out)
         )
+
+    def _lost_state(self) -> bool:
+        """Whether entries that the kernels write to are gone; others come and go as they like."""
+        if self._foreign is not None or len(self._state) == self._state_size:
+            return False
+        self._state_size = len(self._state)
+        return any(
+            param not in self._state
+            for tensors in self.lists
+            if tensors.key.rule.state_keys
+            for param in tensors.params
+        )
+
+    def is_captured(self) -> bool:
+        """Whether the replays of a CUDA graph write to the tables, which then have to stay."""
+        tables = [tensors.table for tensors in self.lists if tensors.table is not None]
+        owners: list[SharedScalars | PointerTable] = [*self._shared.values(), *tables]
+        return any(owner.is_captured() for owner in owners)
 
     def step_counts(self) -> dict[Tensor, float]:
         """Updates that each parameter has had."""
@@ -178,7 +198,10 @@ class StepEngine:
         taken: list[tuple[TensorList, Gradients]] = []
         try:
             for tensors in self.lists:
-                taken.append((tensors, tensors.reader.read(keep=keep, private=True)))
+                gradients = tensors.reader.read(
+                    take=not keep, copy=keep, writes=self._writes_first_gradients(tensors)
+                )
+                taken.append((tensors, gradients))
             if all(grad is None for _, gradients in taken for grad in gradients.tensors):
                 count = sum(len(tensors.params) for tensors in self.lists)
                 raise RuntimeError(
@@ -192,8 +215,14 @@ class StepEngine:
             return False
         for tensors, gradients in taken:
             tensors.grads[0], tensors.grad_dtype = gradients.tensors, gradients.dtype
+            tensors.first_addresses = gradients.addresses.clone()
             BACKENDS[tensors.key.backend].bind(tensors, 0, gradients.addresses)
         return True
+
+    def _writes_first_gradients(self, tensors: TensorList) -> bool:
+        """Whether h or a copy of w take the memory of g1."""
+        key = tensors.key
+        return key.rule == BaseRule.NONE or (key.has_backup and self._reuse_first_gradient)
 
     def perturb(self) -> None:
         """Form the norm of the gradients at w and move to the ascent point."""
@@ -207,7 +236,9 @@ class StepEngine:
     def update(self, rows: list[GroupRow], rates: list[Tensor | None], evaluations: int) -> None:
         """Take the gradients at the ascent point, restore w and update it."""
         for tensors, backend in self._with_backends():
-            gradients = tensors.reader.read(keep=True, private=False)
+            # The rule `none` writes h and d over the gradients.
+            gradients = tensors.reader.read(writes=tensors.key.rule == BaseRule.NONE)
+            check_not_overwritten(tensors.params, tensors.first_addresses, gradients.addresses)
             if gradients.moved:
                 self._follow_storage(tensors, same_layout=True)
             tensors.grads[1] = gradients.tensors
@@ -306,38 +337,11 @@ class StepEngine:
                 shared.scalars[used].copy_(total)  # type: ignore[arg-type]
 
     def _follow_storage(self, tensors: TensorList, *, same_layout: bool) -> None:
-        """Go on with parameters whose memory was exchanged since they were perturbed.
-
-        Args:
-            tensors: The list they are in.
-            same_layout: Refuse other strides, which the states would not fit; else bring what a
-                restore reads into the new layout.
-
-        Raises:
-            RuntimeError: A parameter cannot be followed.
-        """
-        layouts = zip(tensors.params, tensors.reader.noted_layouts, strict=True)
-        for param, (shape, stride) in layouts:
-            kept = (param.device, param.dtype, param.shape) == (*tensors.key[:2], shape)
-            if not kept or not is_dense(param) or (same_layout and param.stride() != stride):
-                self.stale = True
-                raise RuntimeError(
-                    f"a parameter became {param.dtype} of shape {tuple(param.shape)} and strides "
-                    f"{param.stride()} on {param.device} while it was perturbed as "
-                    f"{tensors.key.dtype} of shape {tuple(shape)} and strides {stride} on "
-                    f"{tensors.key.device}; change parameters between steps"
-                )
-        backend = BACKENDS[tensors.key.backend]
-        if tensors.reader.layouts() != tensors.reader.noted_layouts:
-            self.stale = True
-            pairs = list(zip(tensors.params, tensors.grads[0], strict=True))
-            tensors.grads[0] = [walkable(p, g, tensors.grad_dtype) for p, g in pairs]
-            if tensors.backups is not None:
-                copies = zip(tensors.params, tensors.backups.tensors(), strict=True)
-                dtype = tensors.key.dtype
-                tensors.backups = Backups.of(laid_out_like(p, copy, dtype) for p, copy in copies)
-        tensors.reader.refresh()
-        backend.refresh(tensors)
+        stale = self.stale or tensors.reader.layouts() != tensors.reader.noted_layouts
+        self.stale = True  # should it fail
+        follow_storage(tensors, same_layout=same_layout)
+        self.stale = stale
+        BACKENDS[tensors.key.backend].refresh(tensors)
 
     def _with_backends(self) -> Iterator[tuple[TensorList, Backend]]:
         for tensors in self.lists:

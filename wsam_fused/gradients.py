@@ -54,6 +54,7 @@ class GradientReader:
         self._other_dtypes = tuple(dtypes)
         self._dtype = self._params[0].dtype  # of the gradients that were read last
         self._addresses = torch.zeros(len(self._params), dtype=torch.int64, device="cpu")
+        self._shared: list[int] | None = None  # whose memory others use; None: not known yet
         self.refresh()
 
     def refresh(self) -> None:
@@ -73,12 +74,14 @@ class GradientReader:
         addresses = list(map(Tensor.data_ptr, self._params))
         return addresses != self._storage.tolist() or self.layouts() != self.noted_layouts
 
-    def read(self, *, keep: bool, private: bool) -> Gradients:
+    def read(self, *, take: bool = False, copy: bool = False, writes: bool = False) -> Gradients:
         """Read the gradients; the parameters are about to be written to.
 
         Args:
-            keep: Leave them in ``.grad``; else ``.grad`` becomes None.
-            private: Return tensors that nobody else writes to, copies if need be.
+            take: Leave None in ``.grad``, and return tensors that nobody else writes to, copies if
+                need be.
+            copy: Return copies.
+            writes: They are going to be written to: no two may have the same memory.
 
         Raises:
             TypeError: A gradient is sparse or complex.
@@ -88,23 +91,50 @@ class GradientReader:
         """
         # Autograd must notice that what it saved of the parameters will be outdated.
         increment_version(self._params)
-        if not (keep and private):
-            usual = self._read_usual(take=not keep)
-            if usual is not None:
-                return Gradients(usual, self._dtype, self._addresses, moved=False)
+        usual = None if copy else self._read_usual(take=take)
+        if usual is not None:
+            try:
+                self._make_private(usual, taken=take, written=writes)
+            except BaseException:
+                self.give_back(usual if take else [])
+                raise
+            return Gradients(usual, self._dtype, self._addresses, moved=False)
         found = [param.grad for param in self._params]
         for param, grad in zip(self._params, found, strict=True):
             _check_gradient(param, grad)
         dtype = self._dtype = self._common_dtype(found)
         usable = [walkable(p, g, dtype) for p, g in zip(self._params, found, strict=True)]
-        if private:
-            usable = _private(found, usable, copy=keep)
+        if copy or take or writes:
+            usable = [
+                g.clone() if g is not None and g is f and (copy or _is_shared(g)) else g
+                for f, g in zip(found, usable, strict=True)
+            ]
         self._addresses.copy_(addresses_of(usable))
         moved = self.moved()
-        if not keep:
+        if take:
             for param in self._params:
                 param.grad = None
         return Gradients(usable, dtype, self._addresses, moved)
+
+    def _make_private(self, grads: list[Tensor | None], *, taken: bool, written: bool) -> None:
+        """Replace gradients whose memory is not theirs alone by copies.
+
+        Who else uses it is asked once: thousands of questions would take longer than the kernels,
+        and a model that keeps memory for its gradients does so from the beginning.
+        """
+        indices: list[int] = []
+        if taken:
+            if self._shared is None:
+                pairs = enumerate(grads)
+                self._shared = [i for i, grad in pairs if grad is not None and _is_shared(grad)]
+            indices += self._shared
+        if written:
+            indices += overlapping(self._addresses, self._sizes * self._dtype.itemsize)
+        for i in indices:
+            grad = grads[i]
+            if grad is not None:
+                grads[i] = copy = grad.clone()
+                self._addresses[i] = copy.data_ptr()
 
     def _common_dtype(self, found: Sequence[Tensor | None]) -> torch.dtype:
         dtypes = {grad.dtype for grad in found if grad is not None}
@@ -154,15 +184,50 @@ def walkable(param: Tensor, grad: Tensor | None, dtype: torch.dtype) -> Tensor |
     return empty.copy_(grad)
 
 
-def _private(
-    found: list[Tensor | None], usable: list[Tensor | None], *, copy: bool
-) -> list[Tensor | None]:
-    """Clone what others may write to: all if asked to, else views.
+def overlapping(starts: Tensor, sizes: Tensor) -> list[int]:
+    """Return the indices of blocks of memory that begin inside another one.
 
-    DistributedDataParallel with ``gradient_as_bucket_view=True`` makes gradients that are views of
-    its buckets, which the next backward overwrites.
+    Args:
+        starts: Addresses, int64 ``[n]``; 0 where there is no block.
+        sizes: Bytes of each.
     """
-    return [
-        g.clone() if g is not None and g is f and (copy or g._is_view()) else g
-        for f, g in zip(found, usable, strict=True)
-    ]
+    order = starts.argsort()
+    begin = starts[order]
+    reached = torch.where(begin != 0, begin + sizes[order], 0).cummax(0).values
+    found: list[int] = order[1:][begin[1:] < reached[:-1]].tolist()
+    return found
+
+
+def _is_shared(grad: Tensor) -> bool:
+    """Whether other tensors use the memory of a gradient, and may overwrite it.
+
+    Views do, as those of DistributedDataParallel's buckets with ``gradient_as_bucket_view=True``;
+    a gradient that a CUDA graph writes at every replay; the gradients of two parameters whose sum
+    is used.
+    """
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    storage = grad.untyped_storage()
+    # Two users are the gradient and `storage`.
+    return grad._is_view() or (count is not None and count(storage._cdata) > 2)
+
+
+def check_not_overwritten(params: Sequence[Tensor], first: Tensor, second: Tensor) -> None:
+    """Notice that the second backward wrote to the memory of g1, which is still in use.
+
+    Args:
+        params: The parameters.
+        first: Addresses of g1, int64 ``[n]`` on the host, 0 where there is none.
+        second: Addresses of g2.
+
+    Raises:
+        RuntimeError: It did.
+    """
+    overwritten = (first == second) & (first != 0)
+    if bool(overwritten.any()):
+        param = params[int(overwritten.nonzero()[0])]
+        raise RuntimeError(
+            f"the second gradient of a parameter of shape {tuple(param.shape)} was written over "
+            "the first one, into memory that is kept for it (by a CUDA graph, say); the weights "
+            "cannot be restored exactly. Call first_step(zero_grad=False), which copies the first "
+            "gradients"
+        )

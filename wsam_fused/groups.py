@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from wsam_fused.arguments import number
+from wsam_fused.arguments import host_number, number
 from wsam_fused.base_rules import BaseRule, device_learning_rate, hyper_of
 from wsam_fused.plan import GroupRow
 from wsam_fused.row import Row
@@ -31,7 +29,9 @@ def group_row(
     undo = sign if rule == BaseRule.NONE else 1.0
     h1, h2, h3 = row.h
     h = (undo * h1, undo * h2, undo * h3)
-    return GroupRow(float(rho), eps, max_norm, sign, *h, *row.d, *hyper_of(rule, group))
+    return GroupRow(
+        host_number("rho", rho), eps, max_norm, sign, *h, *row.d, *hyper_of(rule, group)
+    )
 
 
 def check_values(group: Mapping[str, Any]) -> None:
@@ -40,29 +40,3 @@ def check_values(group: Mapping[str, Any]) -> None:
         on_device = name == "lr" and device_learning_rate(group) is not None
         if name in group and not on_device:
             number(name, group[name], 0.0)
-
-
-def check_params(params: Sequence[Tensor]) -> None:
-    """Validate the parameters of a group.
-
-    Raises:
-        TypeError: One is complex.
-        ValueError: One comes twice, or its elements share memory.
-    """
-    if len({id(param) for param in params}) != len(params):
-        raise ValueError("params has a parameter twice in one group, expected each once")
-    for param in params:
-        shape = tuple(param.shape)
-        if param.is_complex():
-            raise TypeError(f"params has a {param.dtype} parameter of shape {shape}, expected real")
-        if _overlaps_itself(param):
-            raise ValueError(
-                f"params has a parameter of shape {shape} whose elements share memory; "
-                "expected each element in a place of its own"
-            )
-
-
-def _overlaps_itself(param: Tensor) -> bool:
-    """Whether two elements are one place in memory, as after ``expand``."""
-    extents = zip(param.stride(), param.shape, strict=True)
-    return any(stride == 0 and size > 1 for stride, size in extents)

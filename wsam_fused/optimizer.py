@@ -15,8 +15,9 @@ from wsam_fused.base_rules import BaseRule, device_learning_rate, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
 from wsam_fused.checkpoints import keep_wide_states
 from wsam_fused.engine import GroupKind, StepEngine
-from wsam_fused.groups import check_params, check_values, group_row
+from wsam_fused.groups import check_values, group_row
 from wsam_fused.model_state import FrozenBatchNorm
+from wsam_fused.parameters import check_params, check_separate
 from wsam_fused.plan import Geometry, GroupRow, Slot
 from wsam_fused.row import Row
 from wsam_fused.telemetry import LastStep
@@ -86,6 +87,8 @@ class SharpnessAwareOptimizer(Optimizer):
         # A foreign base reads keys of its own; where one is called like ours, ours is prefixed.
         self._keys = {key: f"sam_{key}" if key in base.defaults else key for key in own}
         self._engine: StepEngine | None = None
+        # Used only by the replays of CUDA graphs, which write to their memory.
+        self._captured_engines: list[StepEngine] = []
         self._checked_rows: list[GroupRow] = []
         self._carried_counts: dict[Tensor, float] = {}
         self.last = LastStep()
@@ -121,7 +124,7 @@ class SharpnessAwareOptimizer(Optimizer):
         Raises:
             RuntimeError: The weights are perturbed.
             TypeError: A parameter is complex.
-            ValueError: A value is out of range, or a parameter comes twice or overlaps itself.
+            ValueError: A value is out of range, or a parameter comes twice or shares memory.
         """
         self._require_idle("add_param_group()")
         super().add_param_group(param_group)
@@ -140,6 +143,7 @@ class SharpnessAwareOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_values(group)
         check_params(group["params"])
+        check_separate(param for one in self.param_groups for param in one["params"])
         for param in group["params"]:
             backends.select(self._backend, param.device, param.dtype)
 
@@ -311,6 +315,7 @@ class SharpnessAwareOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._carried_counts = {}  # load_state_dict() brings a state that says it all
+        self._keep_captured()
         super().__setstate__(state)
         self._engine = None
         self._checked_rows = []
@@ -358,9 +363,17 @@ class SharpnessAwareOptimizer(Optimizer):
         )
         if old is not None:
             engine.primary.scalars.copy_(old.primary.scalars)
+        self._keep_captured()
         engine.set_rows(self._rows())
         self._engine = engine
         return engine
+
+    def _keep_captured(self) -> None:
+        """Keep an engine that is about to be replaced, if a CUDA graph uses its memory."""
+        kept: list[StepEngine] = self.__dict__.setdefault("_captured_engines", [])
+        engine: StepEngine | None = self.__dict__.get("_engine")
+        if engine is not None and engine.is_captured():
+            kept.append(engine)
 
     def _kinds(self) -> list[GroupKind]:
         return [self._kind(group) for group in self.param_groups]

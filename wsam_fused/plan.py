@@ -145,3 +145,7 @@ class PointerTable:
     def set_tensors(self, row: TableRow, tensors: Sequence[Tensor]) -> None:
         """Write the addresses of ``tensors`` into one row."""
         self.set_row(row, addresses_of(tensors))
+
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph writes this table at its replays."""
+        return any(row.is_captured() for row in self._rows)

@@ -48,6 +48,10 @@ class SharedScalars:
             if rate is not None:
                 self.groups[index, _LR].copy_(rate.reshape(()), non_blocking=True)
 
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph writes the group table at its replays."""
+        return self._upload.is_captured()
+
     def learning_rate(self, group: int) -> float | Tensor:
         """Return the rate of a group: a scalar on the device if the host does not know it."""
         rate = self.rows[group].lr

@@ -46,6 +46,7 @@ class TensorList:
         grads: g1, g2, g3, all of ``grad_dtype``; an empty list where not evaluated, None for a
             missing gradient.
         grad_dtype: Dtype of the gradients of the step in progress.
+        first_addresses: int64 ``[n]`` on the host, where g1 was read; 0 for a missing gradient.
         backups: Copies of w while perturbed, None otherwise.
         table: The addresses of all these, if the backend's kernels need them.
     """
@@ -60,6 +61,7 @@ class TensorList:
     flags: Tensor = field(init=False)
     grads: list[list[Tensor | None]] = field(init=False)
     grad_dtype: torch.dtype = field(init=False)
+    first_addresses: Tensor = field(init=False)
     backups: Backups | None = None
     table: PointerTable | None = None
 
@@ -124,15 +126,3 @@ def laid_out_like(param: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         return values
     empty = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
     return empty.copy_(values)
-
-
-def is_dense(param: Tensor) -> bool:
-    """Whether the elements of ``param`` fill one block of memory, in whatever order."""
-    expected = 1
-    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True

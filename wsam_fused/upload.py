@@ -43,9 +43,13 @@ class Upload:
         staged.copy_(values)
         self._target.copy_(staged, non_blocking=True)
 
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph makes uploads of this target at its replays."""
+        return bool(self._captured)
+
     def is_replayed(self) -> bool:
         """Whether the target may change, or is about to, by the replays of a CUDA graph."""
-        return self._queued and (bool(self._captured) or _is_capturing())
+        return self._queued and (self.is_captured() or _is_capturing())
 
     def _pinned(self) -> Tensor:
         shape, dtype = self._target.shape, self._target.dtype

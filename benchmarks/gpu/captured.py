@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, spread
+from benchmarks.common import spread
 from benchmarks.contenders import OursCuda
 from benchmarks.gpu.case import DTYPES, Case
 from benchmarks.gpu.clock import Clock, CopyBuffer
-from benchmarks.gpu.notes import FAILED, reason_of
+from benchmarks.gpu.notes import reason_of
+from benchmarks.gpu.process import json_of
 from benchmarks.harness import Problem
 
 _WARMUP = 3
@@ -108,17 +107,7 @@ def in_a_process(case: Case, rounds: int, limit_s: float) -> dict[str, Any]:
     Returns:
         What was measured, or ``note`` with the reason why nothing was.
     """
-    command = [sys.executable, "-m", "benchmarks.gpu.captured", *case, "--rounds", str(rounds)]
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return {"note": f"did not end in {limit_s:g} s"}
-    try:
-        found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-        return {"note": f"{FAILED}{lines[-1][:160]}"}
-    return found
+    return json_of(["benchmarks.gpu.captured", *case, "--rounds", str(rounds)], limit_s)
 
 
 def main() -> None:

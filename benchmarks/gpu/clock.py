@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from typing import Any
@@ -44,6 +45,7 @@ class Clock:
         """Free memory of the device with torch's cache given back; None where it is not known."""
         if not self._on_gpu:
             return None
+        gc.collect()  # what only refers to itself
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 

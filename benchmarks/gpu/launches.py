@@ -41,7 +41,8 @@ class Kernel(NamedTuple):
 def recorded(run: Callable[[], object]) -> list[Kernel]:
     """Return what the device does during ``run``."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recording:
+    # acc_events: without it torch 2.11 warns that a second cycle would clear the first.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recording:
         run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:

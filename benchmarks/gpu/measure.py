@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +58,6 @@ def measure_times(bench: Bench, case: Case, names: Sequence[str]) -> None:
         case: What is measured.
         names: Who takes part.
     """
-    gc.collect()
     reasons = too_big(case, names, bench.clock.free_bytes())
     for name, reason in reasons.items():
         bench.record.fill(case, name, {"note": reason})
@@ -168,7 +166,6 @@ def measure_compiled(bench: Bench, case: Case, limit_s: float, beside: Sequence[
         limit_s: For the compilation.
         beside: Who is measured once more in the same rounds, so that the ratios hold.
     """
-    gc.collect()
     free = bench.clock.free_bytes()  # the process needs the memory that torch's cache has
     names = [*beside, COMPILED]
     reasons = too_big(case, names, free)

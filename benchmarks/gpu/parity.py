@@ -1,18 +1,29 @@
-"""Checks that the contenders of the GPU report compute the same before anything is timed."""
+"""Checks that the contenders of the GPU report compute the same before anything is timed.
+
+    python -m benchmarks.gpu.parity NAME
+
+Checks one contender on the GPU and prints one line of JSON. Ours are checked in a process of their
+own: a kernel that fails leaves its device unusable to all that the process does afterwards.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.contenders import BASES, GPU_CONTENDERS, Base, Contender, Ours, OursEager
 from benchmarks.gpu.notes import DIFFERENT, reason_of
+from benchmarks.gpu.process import json_of
 from benchmarks.harness import PARITY_SHAPES, ParityError, Problem, check_parity
 
 # Neighbours in bfloat16 are at most that far apart, relative to the smaller one.
 _BFLOAT16_SPACING = 2.0**-7
+_LIMIT_S = 120.0
 
 
 def disagreeing(names: Iterable[str], device: torch.device) -> dict[str, str]:
@@ -28,19 +39,30 @@ def disagreeing(names: Iterable[str], device: torch.device) -> dict[str, str]:
     Returns:
         Why a contender is not measured, for those that compute something else or fail.
     """
-    reasons = {}
+    found: dict[str, str] = {}
     for name in names:
-        cls = GPU_CONTENDERS[name]
-        try:
-            for base in BASES.values():
-                check_parity(cls, OursEager, base, device)
-                if issubclass(cls, Ours):
-                    _check_bfloat16(cls, base, device)
-        except ParityError as error:
-            reasons[name] = f"{DIFFERENT}{str(error).splitlines()[0][:160]}"
-        except Exception as error:
-            reasons[name] = reason_of(error)
-    return reasons
+        if device.type == "cuda" and issubclass(GPU_CONTENDERS[name], Ours):
+            reason = json_of(["benchmarks.gpu.parity", name], _LIMIT_S)["note"]
+        else:
+            reason = _reason(name, device)
+        if reason:
+            found[name] = reason
+    return found
+
+
+def _reason(name: str, device: torch.device) -> str:
+    """Why a contender is not measured; empty if it computes the same."""
+    cls = GPU_CONTENDERS[name]
+    try:
+        for base in BASES.values():
+            check_parity(cls, OursEager, base, device)
+            if issubclass(cls, Ours):
+                _check_bfloat16(cls, base, device)
+    except ParityError as error:
+        return f"{DIFFERENT}{str(error).splitlines()[0][:160]}"
+    except Exception as error:
+        return reason_of(error)
+    return ""
 
 
 def _check_bfloat16(cls: type[Contender], base: Base, device: torch.device) -> None:
@@ -69,3 +91,16 @@ def _one_step(
     problem.set_second()
     one.second()
     return ascent, [param.detach().clone() for param in problem.params]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=list(GPU_CONTENDERS))
+    name = parser.parse_args().name
+    found: dict[str, Any] = {"note": _reason(name, torch.device("cuda"))}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

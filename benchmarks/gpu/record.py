@@ -14,6 +14,9 @@ from benchmarks.gpu.notes import OUT_OF_TIME, is_fault
 
 Cells = dict[str, Any]
 
+# Runs that agree in these are one measurement, made in pieces.
+_SAME = ("device", "driver", "torch", "triton", "cuda", "source", "ours")
+
 
 class Record:
     """Everything that a run measures.
@@ -49,8 +52,32 @@ class Record:
         self._captured: dict[Case, Cells] = {
             case: {**case._asdict(), "note": OUT_OF_TIME} for case in captured
         }
-        self._operations: list[Cells] = []
+        self._operations: dict[tuple[Case, str, str], Cells] = {}
         self._problems: list[str] = []
+
+    def carry_over(self, folder: Path) -> None:
+        """Take over what an earlier run measured of the same sources with the same software.
+
+        Whatever is measured again replaces it.
+        """
+        path = self._path(folder)
+        report: Cells = json.loads(path.read_text()) if path.exists() else {}
+        if any(report.get(key) != self._header[key] for key in _SAME):
+            return
+        for row in report["rows"]:
+            case, name = _case_of(row), row["contender"]
+            if not row["note"] or (case, name) not in self._rows:
+                self._rows[case, name] = row
+        for row in report["captured"]:
+            if not row["note"] or _case_of(row) not in self._captured:
+                self._captured[_case_of(row)] = row
+        for row in report["operations"]:
+            self._operations[_case_of(row), row["backend"], row["operation"]] = row
+
+    def is_open(self, case: Case) -> bool:
+        """Whether a contender of a case still waits for its turn."""
+        rows = [row for (of, _), row in self._rows.items() if of == case]
+        return any(row["note"] == OUT_OF_TIME for row in rows)
 
     def row(self, case: Case, name: str) -> Cells:
         """Return the cells of a contender, for reading."""
@@ -71,7 +98,8 @@ class Record:
     def add_operations(self, case: Case, backend: str, rows: Iterable[Cells]) -> None:
         """Add the operations of one of our backends."""
         common = {**case._asdict(), "parameters": case.parameters, "backend": backend}
-        self._operations += [{**common, "note": "", **row} for row in rows]
+        for row in rows:
+            self._operations[case, backend, row["operation"]] = {**common, "note": "", **row}
 
     def add_problem(self, text: str) -> None:
         """Note something that went wrong and is no row's own."""
@@ -90,7 +118,7 @@ class Record:
                 "stages": dict(stage_results),
                 "problems": list(self._problems),
                 "rows": list(self._rows.values()),
-                "operations": self._operations,
+                "operations": list(self._operations.values()),
                 "captured": list(self._captured.values()),
             }
         )
@@ -98,9 +126,16 @@ class Record:
     def write(self, folder: Path) -> Path:
         """Write the JSON file and return its path."""
         results = stages.read(folder, self._header)
-        path = folder / f"gpu-{self._header['slug']}.json"
+        path = self._path(folder)
         write_json(path, self.as_json(results))
         return path
+
+    def _path(self, folder: Path) -> Path:
+        return folder / f"gpu-{self._header['slug']}.json"
+
+
+def _case_of(row: Cells) -> Case:
+    return Case(row["shapes"], row["base"], row["dtype"])
 
 
 def with_checks(report: Mapping[str, Any]) -> Cells:

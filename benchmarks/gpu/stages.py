@@ -1,8 +1,8 @@
-"""What the stages of ``gpu_report.sh`` before the measurement gave.
+"""What the stages of ``gpu_report.sh`` gave.
 
-    python -m benchmarks.gpu.stages STAGE --exit CODE --seconds S --out FOLDER
+    python -m benchmarks.gpu.stages STAGE --exit CODE --seconds S --logs FOLDER --out FOLDER
 
-Reads the stage's log (and the tests' XML) in the folder and writes ``stage-STAGE.json`` there.
+Reads the stage's log (and the tests' XML) and adds what it says to ``stages.json``.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ import torch
 from benchmarks.common import source_hash
 from benchmarks.gpu.machine import label
 
+FILE = "stages.json"
 STAGES = ("build", "tests", "sanitize", "bench")
 
 _RUN = re.compile(r"^== run: (?P<name>.+)$", re.MULTILINE)
 _EXIT = re.compile(r"^== exit: (\d+)$", re.MULTILINE)
 # memcheck, and racecheck with its hazards.
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
-_COMPARED = re.compile(r"^compared (\d+) steps", re.MULTILINE)
+_COMPARED = re.compile(r"^compared (\d+) steps, (\d+) rows differ", re.MULTILINE)
 _BUILT = re.compile(r"^== built in ([\d.]+) s$", re.MULTILINE)
 
 
 def read(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the results of the stages that ran on a report's sources and device, by stage."""
-    found = {}
-    for stage in STAGES:
-        path = folder / f"stage-{stage}.json"
-        if path.exists():
-            result = json.loads(path.read_text())
-            if all(result[key] == report[key] for key in ("source", "device")):
-                found[stage] = result
+    return {
+        stage: result
+        for stage, result in _all(folder / FILE).items()
+        if all(result[key] == report[key] for key in ("source", "device"))
+    }
+
+
+def _all(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
@@ -81,6 +84,8 @@ def _sanitize(text: str) -> dict[str, Any]:
     for name, part in zip(names, _RUN.split(text)[2::2], strict=True):
         ended, compared = _EXIT.search(part), _COMPARED.search(part)
         counts = [int(errors or hazards) for errors, hazards in _ERRORS.findall(part)]
+        if name.startswith("alone") and compared:  # under no tool
+            counts = [int(compared.group(2))]
         runs.append(
             {
                 "name": name,
@@ -99,18 +104,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--exit", type=int, required=True, help="exit code of the stage")
     parser.add_argument("--seconds", type=float, required=True, help="how long it took")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the logs")
+    parser.add_argument("--logs", type=Path, required=True, help="folder of the logs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of stages.json")
     options = parser.parse_args(arguments)
     result = {
-        "stage": options.stage,
         "exit": options.exit,
         "seconds": options.seconds,
         "source": source_hash(),
         "device": label(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        **result_of(options.stage, options.out),
+        **result_of(options.stage, options.logs),
     }
-    path = options.out / f"stage-{options.stage}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = options.out / FILE
+    path.write_text(json.dumps({**_all(path), options.stage: result}, indent=1) + "\n")
     print(json.dumps(result))
 
 

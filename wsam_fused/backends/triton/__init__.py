@@ -1,6 +1,7 @@
-"""Triton kernels for GPUs: needs no compiler on the user's machine.
+"""Triton kernels for GPUs: needs no CUDA toolkit on the user's machine.
 
-Triton is imported when the backend is asked for first, never by importing this package.
+Triton is imported when the backend is asked for first, never by importing this package. It compiles
+its own launcher with a C compiler, which it looks for then.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class TritonBackend:
         """Why this backend cannot be used here, or None."""
         if not torch.cuda.is_available():
             return _no_gpu()
-        return import_problem()
+        return import_problem() or _launch_problem()
 
     def device_problem(self, device: torch.device) -> str | None:
         """Why the kernels cannot run on one GPU, or None."""
@@ -121,6 +122,19 @@ def import_problem() -> str | None:
         return _cannot_import(error)
     except Exception as error:  # whatever is wrong with it, there are other backends
         return _cannot_import(error)
+    return None
+
+
+@cache
+def _launch_problem() -> str | None:
+    """Why kernels cannot be launched although they can be imported, or None."""
+    try:
+        _ = import_module("triton.runtime").driver.active.utils
+    except Exception as error:  # whatever is wrong with it, there are other backends
+        return (
+            "triton cannot prepare launches; it needs a C compiler (gcc or clang) and Python's "
+            f"headers: {type(error).__name__}: {error}"
+        )
     return None
 
 

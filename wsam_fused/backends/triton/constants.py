@@ -40,8 +40,8 @@ WARPS = 8
 THREADS = 32 * WARPS
 # Elements of a block that is not whole: one per thread.
 REST = tl.constexpr(THREADS)
-# Every kernel is launched with these. A fused multiply-add is written where one is wanted.
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+# Of a multiprocessor, from the A100 on.
+REGISTERS = 65536
 # Arguments whose values compile nothing anew: all that are not constexpr.
 AT_RUN_TIME = [
     "table",
@@ -72,6 +72,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def block_size(dtype: torch.dtype) -> int:
-    """Elements of a block: a vector of ``dtype`` for each thread."""
-    return THREADS * VECTOR_BYTES // dtype.itemsize
+def block_size(dtype: torch.dtype, chunk_size: int, vectors: int = 1) -> int:
+    """Elements of a block: some vectors of ``dtype`` for each thread, but no more than a chunk."""
+    return min(vectors * THREADS * VECTOR_BYTES // dtype.itemsize, chunk_size)
+
+
+def options(programs_per_processor: int) -> dict[str, Any]:
+    """With which options a kernel is compiled.
+
+    Args:
+        programs_per_processor: How many are launched for each multiprocessor. They all have to fit
+            at once: one that came after the others had ended would double the time.
+    """
+    # A fused multiply-add is written where one is wanted.
+    chosen: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
+    if torch.version.hip is None:
+        chosen["maxnreg"] = REGISTERS // (THREADS * programs_per_processor) // 8 * 8
+    return chosen

@@ -13,13 +13,13 @@ from wsam_fused.backends.triton.constants import (
     AT_RUN_TIME,
     COLUMNS,
     FLAG,
-    OPTIONS,
     REST,
     ROW,
     SLOT,
     TRITON_DTYPES,
     block_size,
     compute_dtype,
+    options,
 )
 from wsam_fused.backends.triton.math import (
     ascent_scale,
@@ -191,10 +191,11 @@ def launch(tensors: TensorList, programs: int, *, undo: bool) -> None:
             tensors.key.dtype,
             tensors.grad_dtype,
             tensors.key.geometry,
+            table.chunk_size,
             has_backup=tensors.backups is not None,
             undo=undo,
         ),
-        **OPTIONS,
+        **options(PROGRAMS_PER_PROCESSOR),
     )
 
 
@@ -202,6 +203,7 @@ def operands(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     geometry: Geometry,
+    chunk_size: int,
     *,
     has_backup: bool,
     undo: bool,
@@ -215,5 +217,5 @@ def operands(
         "GEOMETRY": int(Geometry.EUCLIDEAN if undo else geometry),
         "HAS_BACKUP": has_backup,
         "UNDO": undo,
-        "BLOCK": block_size(dtype),
+        "BLOCK": block_size(dtype, chunk_size),
     }

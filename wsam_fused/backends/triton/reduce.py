@@ -12,12 +12,12 @@ import triton.language as tl  # type: ignore[import-untyped]
 from wsam_fused.backends.triton.constants import (
     ADAPTIVE,
     AT_RUN_TIME,
-    OPTIONS,
     REST,
     ROW,
     SLOT,
     TRITON_DTYPES,
     block_size,
+    options,
 )
 from wsam_fused.backends.triton.walk import (
     address,
@@ -193,19 +193,21 @@ def launch(tensors: TensorList, programs: int, gradient: TableRow, *, accumulate
         table.chunk_size,
         int(gradient),
         int(accumulate),
-        **operands(dtype, tensors.grad_dtype, geometry),
-        **OPTIONS,
+        **operands(dtype, tensors.grad_dtype, geometry, table.chunk_size),
+        **options(PROGRAMS_PER_PROCESSOR),
     )
 
 
-def operands(dtype: torch.dtype, grad_dtype: torch.dtype, geometry: Geometry) -> dict[str, Any]:
+def operands(
+    dtype: torch.dtype, grad_dtype: torch.dtype, geometry: Geometry, chunk_size: int
+) -> dict[str, Any]:
     """What the kernel is compiled for."""
     operands_read = 2 if geometry == Geometry.ADAPTIVE else 1
-    vectors = _LOADS // operands_read
+    widest = max(dtype, grad_dtype, key=lambda d: d.itemsize)
     return {
         "P": TRITON_DTYPES[dtype],
         "G": TRITON_DTYPES[grad_dtype],
         "GEOMETRY": int(geometry),
-        "BLOCK": vectors * block_size(max(dtype, grad_dtype, key=lambda d: d.itemsize)),
+        "BLOCK": block_size(widest, chunk_size, _LOADS // operands_read),
         "PARTIALS": _PARTIALS,
     }

@@ -12,12 +12,12 @@ import triton.language as tl  # type: ignore[import-untyped]
 from wsam_fused.backends.triton.constants import (
     AT_RUN_TIME,
     FLAG,
-    OPTIONS,
     ROW,
     SLOT,
     TRITON_DTYPES,
     block_size,
     compute_dtype,
+    options,
 )
 from wsam_fused.backends.triton.math import all_finite
 from wsam_fused.backends.triton.update_segment import (
@@ -102,7 +102,10 @@ def _update_kernel(
     gradients is restored and not updated; a step with a norm that is not finite updates nothing.
     """
     step = Step(all_finite(scalars, check_second) == 0, tl.load(flags + FLAG.value.PERTURBED) != 0)
-    known = tensor_scalars(groups, scalars, tl.zeros((), tl.int32), 0.0, T, RULE)
+    # Of the tensor that comes first, unless the table is not walked at all.
+    tensor = tl.load(first_tensor + tl.program_id(0)).to(tl.int32)
+    group = cell(table, ROW.value.GROUP, tensors, tensor).to(tl.int32)
+    known = tensor_scalars(groups, scalars, group, tl.load(steps + tensor), T, RULE)
     chunk = tl.where(step.skipped & (step.perturbed == 0), chunks, tl.program_id(0))
     while chunk < chunks:
         tensor = tl.load(first_tensor + chunk).to(tl.int32)
@@ -127,9 +130,9 @@ def _update_kernel(
 
 
 def programs_per_processor(dtype: torch.dtype, rule: BaseRule) -> int:
-    """How many fit: the registers of a multiprocessor among those that a program takes.
+    """How many share a multiprocessor: as many as leave them the registers that they need.
 
-    At most 64 a thread without a second state; with it about 80, in float64 100.
+    At most 64 a thread without a second state; with it 80, in float64 128.
     """
     if len(rule.state_keys) < 2:
         return 4
@@ -165,9 +168,10 @@ def launch(
             tensors.grad_dtype,
             rule,
             evaluations,
+            table.chunk_size,
             has_backup=tensors.backups is not None,
         ),
-        **OPTIONS,
+        **options(programs_per_processor(tensors.key.dtype, rule)),
     )
 
 
@@ -176,6 +180,7 @@ def operands(
     grad_dtype: torch.dtype,
     rule: BaseRule,
     evaluations: int,
+    chunk_size: int,
     *,
     has_backup: bool,
 ) -> dict[str, Any]:
@@ -189,6 +194,6 @@ def operands(
         "EVALUATIONS": evaluations,
         "HAS_BACKUP": has_backup,
         # A vector of the widest operand: low precision alone has no states of float32.
-        "BLOCK": block_size(wide if rule.state_keys else dtype),
+        "BLOCK": block_size(wide if rule.state_keys else dtype, chunk_size),
         "TENSORS": _TENSORS,
     }

@@ -74,11 +74,13 @@ def _step_rule(w, h, s, at, index, count, T: tl.constexpr, RULE: tl.constexpr, W
     else:
         average = load(at.state1, index, count, T, T, WHOLE)
         square = load(at.state2, index, count, T, T, WHOLE)
+        if RULE == RULES.value.AMSGRAD:  # before anything is stored, which it would wait for
+            largest = load(at.state3, index, count, T, T, WHOLE)
         average, square = adam_averages(u, average, square, s)
         store(at.state1, index, count, average, T, WHOLE)
         store(at.state2, index, count, square, T, WHOLE)
         if RULE == RULES.value.AMSGRAD:
-            square = larger(load(at.state3, index, count, T, T, WHOLE), square)
+            square = larger(largest, square)
             store(at.state3, index, count, square, T, WHOLE)
         w = adam_step(w, average, square, s, T)
     return w

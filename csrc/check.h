@@ -66,19 +66,28 @@ inline void check_one_device(const Tensor& table, std::initializer_list<const Te
 }
 
 inline void check_gradient(int64_t gradient) {
-  STD_TORCH_CHECK(gradient == kGrad1 || gradient == kGrad2, "gradient is ", gradient,
+  STD_TORCH_CHECK(gradient >= kGrad1 && gradient <= kGrad3, "gradient is ", gradient,
                   ", expected the row of a gradient in the table");
 }
 
 inline void check_geometry(int64_t geometry, bool has_backup) {
+  STD_TORCH_CHECK(geometry >= kEuclidean && geometry <= kFisher, "geometry is ", geometry,
+                  ", expected 0 to ", int(kFisher));
   STD_TORCH_CHECK(geometry == kEuclidean || has_backup,
-                  "geometry is adaptive, which needs has_backup=True");
+                  "geometry is not Euclidean, which needs has_backup=True");
 }
 
-inline void check_evaluations(int64_t evaluations, int64_t base_rule) {
-  STD_TORCH_CHECK(evaluations >= (base_rule == kNone ? 2 : 1) && evaluations <= 3,
-                  "evaluations is ", evaluations,
-                  ", expected 1 to 3, and 2 or 3 for the rule none");
+inline void check_point(int64_t target, bool has_backup) {
+  STD_TORCH_CHECK(target >= kWeights && target < kPoints, "target is ", target, ", expected 0 to ",
+                  kPoints - 1);
+  STD_TORCH_CHECK(target != kProbe || has_backup, "target is the probe, which needs a backup");
+}
+
+inline void check_evaluations(int64_t evaluations, int64_t required) {
+  STD_TORCH_CHECK(evaluations >= 1 && evaluations <= 3, "evaluations is ", evaluations,
+                  ", expected 1 to 3");
+  STD_TORCH_CHECK(required > 0 && required < 1 << evaluations, "required is ", required,
+                  ", expected a bit for at least one of ", evaluations, " gradients");
 }
 
 }  // namespace wsam_fused

@@ -37,32 +37,77 @@ WSAM_HOST_DEVICE T larger(T a, T b) {
 
 // ---- the perturbation -------------------------------------------------------------------------
 
-// The metric M of a geometry: e = rho * M g / sqrt(sum of M g^2). reduce and perturb both use it.
+// The metric M of a geometry: e = rho M g / sqrt(sum of M g^2). reduce and perturb both use it.
 template <Geometry geometry, typename T>
-WSAM_HOST_DEVICE T metric(T w) {
-  if constexpr (geometry == kAdaptive) return w * w;
+WSAM_HOST_DEVICE T metric(T w, T g, T eta) {
+  if constexpr (geometry == kAdaptive) {
+    const T size = (w < T(0) ? -w : w) + eta;
+    return size * size;
+  } else if constexpr (geometry == kFisher) {
+    return T(1) / fused_multiply_add(eta * g, g, T(1));
+  }
   return T(1);
 }
 
-// rho / (norm + eps), and 0 where the norm is 0: there is no direction to go. A scale beyond the
+// radius / (norm + eps), and 0 where the norm is 0: there is no direction to go. A scale beyond the
 // range of T (a vanishing norm with eps = 0) is held at its largest finite value.
 template <typename T>
-WSAM_HOST_DEVICE T ascent_scale(double metric_sq, const double* group) {
+WSAM_HOST_DEVICE T step_to_radius(double metric_sq, double radius, const double* group) {
   const double largest = sizeof(T) == sizeof(float) ? double(FLT_MAX) : DBL_MAX;
   const double norm = square_root(metric_sq);
-  const double scale = norm > 0 ? group[kRho] / (norm + group[kAscentEps]) : 0.0;
+  const double scale = norm > 0 ? radius / (norm + group[kAscentEps]) : 0.0;
   return T(group[kSign] * (scale < largest ? scale : largest));
 }
 
+// What M g1, or the noise, is multiplied by to get from w to a point.
+template <typename T>
+WSAM_HOST_DEVICE T scale_at(Point point, const double* scalars, const double* group) {
+  if (point == kAscent) return step_to_radius<T>(scalars[kMetricSq], group[kRho], group);
+  if (point == kDescent) return -step_to_radius<T>(scalars[kMetricSq], group[kRhoDescent], group);
+  return point == kProbe ? T(group[kDelta]) : T(0);
+}
+
+// Without a finite norm there is no way to the points that it scales. The probe is entered from w
+// and left to w.
+WSAM_HOST_DEVICE bool can_move(Point at, Point target, const double* scalars) {
+  const bool by_gradient = target == kAscent || target == kDescent;
+  const bool by_noise = at == kProbe || target == kProbe;
+  return at != target && (!by_gradient || is_finite(scalars[kMetricSq])) &&
+         (!by_noise || at == kWeights || target == kWeights);
+}
+
 template <Geometry geometry, typename T>
-WSAM_HOST_DEVICE T perturbed(T w, T g, T scale) {
-  return fused_multiply_add(scale, metric<geometry>(w) * g, w);
+WSAM_HOST_DEVICE T perturbed(T w, T g, T scale, T eta) {
+  return fused_multiply_add(scale, metric<geometry>(w, g, eta) * g, w);
 }
 
 // Only for the Euclidean geometry: the adaptive metric needs the w that is being looked for.
 template <typename T>
 WSAM_HOST_DEVICE T recomputed(T p, T g, T scale) {
   return fused_multiply_add(-scale, g, p);
+}
+
+// ---- noise --------------------------------------------------------------------------------------
+
+// A 32-bit hash with little bias: C. Wellons, "Prospecting for Hash Functions" (lowbias32).
+WSAM_HOST_DEVICE uint32_t hashed(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Noise is never stored: every operation makes it again from the seed, the tensor's key and the
+// element's index.
+WSAM_HOST_DEVICE uint32_t noise_of_tensor(double seed, int64_t key) {
+  const uint64_t whole = uint64_t(seed);
+  return hashed(hashed(hashed(uint32_t(whole)) + uint32_t(whole >> 32)) + uint32_t(key));
+}
+
+// -1 or 1 for element `index` of a stretch that begins with word `first_word` of 32 elements.
+template <typename T>
+WSAM_HOST_DEVICE T noise_at(uint32_t of_tensor, uint32_t first_word, uint32_t index) {
+  const uint32_t word = hashed(of_tensor + (first_word + (index >> 5)) * 0x9e3779b9u);
+  return (word >> (index & 31)) & 1 ? T(1) : T(-1);
 }
 
 // ---- the coefficients of a step ---------------------------------------------------------------
@@ -83,21 +128,21 @@ struct Coefficients {
 template <typename T>
 WSAM_HOST_DEVICE Coefficients<T> coefficients(const double* group, const double* scalars) {
   const double max_norm = group[kMaxNorm];
-  const double clip[3] = {clip_factor(scalars[kGrad1Sq], max_norm),
-                          clip_factor(scalars[kGrad2Sq], max_norm), 1.0};
   Coefficients<T> c{};
   for (int k = 0; k < 3; ++k) {
-    const double factor = group[kSign] * clip[k];
+    const double factor = group[kSign] * clip_factor(scalars[kGrad1Sq + k], max_norm);
     c.h[k] = T(group[kH1 + k] * factor);
     c.d[k] = T(group[kD1 + k] * factor);
   }
   return c;
 }
 
-// A step whose norms are not all finite updates nothing.
-WSAM_HOST_DEVICE bool all_finite(const double* scalars, bool check_second) {
-  return is_finite(scalars[kMetricSq]) && is_finite(scalars[kGrad1Sq]) &&
-         (!check_second || is_finite(scalars[kGrad2Sq]));
+// A step whose norms are not all finite updates nothing. Bit k of `checked`: the norm of gradient
+// k + 1 is known.
+WSAM_HOST_DEVICE bool all_finite(const double* scalars, int checked) {
+  bool all = !(checked & 1) || is_finite(scalars[kMetricSq]);
+  for (int k = 0; k < 3; ++k) all &= !(checked >> k & 1) || is_finite(scalars[kGrad1Sq + k]);
+  return all;
 }
 
 // A coefficient of 0 takes the gradient out: 0 * inf must not poison the sum.

@@ -41,6 +41,7 @@ enum TableRow : int {
   kOffset,     // first index in the virtual space, a multiple of kAlignment
   kSize,       // number of elements, at least 1
   kGroup,      // row of the group table
+  kKey,        // which parameter of the optimizer it is: tensors of one noise differ by it
   kTableRows
 };
 
@@ -50,10 +51,13 @@ constexpr int64_t kAlignment = 64;
 
 // Columns of the group table (float64), one row per parameter group.
 enum GroupColumn : int {
-  kRho = 0,
-  kAscentEps,  // added to the norm that rho is divided by
-  kMaxNorm,    // clips each gradient's norm; negative is none
-  kSign,       // -1 when the objective is maximized, else 1
+  kRho = 0,     // radius of the ascent point
+  kRhoDescent,  // radius of the descent point
+  kDelta,       // length of the probe, elementwise
+  kEta,         // of the metric
+  kAscentEps,   // added to the norm that the radii are divided by
+  kMaxNorm,     // clips each gradient's norm; negative is none
+  kSign,        // -1 when the objective is maximized, else 1
   kH1,
   kH2,
   kH3,  // what the base rule is fed: h = sum of kHk * gk
@@ -75,15 +79,28 @@ enum ScalarSlot : int {
   kMetricSq = 0,  // sum of M * g1^2, the squared norm that scales the perturbation
   kGrad1Sq,       // sum of g1^2
   kGrad2Sq,       // sum of g2^2
+  kGrad3Sq,       // sum of g3^2
+  kDot12,         // sum of g1 g2
   kSkipped,       // number of steps skipped because a norm was not finite
+  kSeed,          // of the noise, a whole number
   kScalarSlots
 };
 
-// Flags (float64) of one list. kArrived counts the GPU blocks that are done, and is 0 between
-// kernels.
-enum Flag : int { kPerturbed = 0, kArrived, kFlags };
+// Flags (float64) of one list. kAt is the point where the parameters are; kArrived counts the GPU
+// blocks that are done, and is 0 between kernels.
+enum Flag : int { kAt = 0, kArrived, kFlags };
 
-enum Geometry : int { kEuclidean = 0, kAdaptive };
+// Points between which perturb_ moves the parameters, with M the metric and z noise of -1 and 1:
+enum Point : int {
+  kWeights = 0,  // w
+  kAscent,       // w + rho M g1 / (norm + eps)
+  kDescent,      // w - rho_descent M g1 / (norm + eps)
+  kProbe,        // w + delta z
+  kPoints
+};
+
+// The metric M. The noise is none, but a direction like M g1.
+enum Geometry : int { kEuclidean = 0, kAdaptive, kFisher, kNoise };
 
 enum BaseRule : int { kNone = 0, kSgd, kMomentum, kAdam, kAmsgrad };
 
@@ -122,10 +139,12 @@ struct Plan {
   }
 };
 
-// Whether the tensor has a gradient from each of the first `evaluations` evaluations.
-WSAM_HOST_DEVICE bool has_all_gradients(const Plan& plan, int64_t tensor, int evaluations) {
+// Whether the tensor has all gradients that are required: bit k stands for gradient k + 1.
+WSAM_HOST_DEVICE bool has_gradients(const Plan& plan, int64_t tensor, int required) {
   bool all = true;
-  for (int k = 0; k < evaluations; ++k) all &= plan.at(TableRow(kGrad1 + k), tensor) != 0;
+  for (int k = 0; k < 3; ++k) {
+    if (required >> k & 1) all &= plan.at(TableRow(kGrad1 + k), tensor) != 0;
+  }
   return all;
 }
 

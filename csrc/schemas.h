@@ -8,25 +8,28 @@
 
 namespace wsam_fused {
 
-// Writes the sums of squares of the gradient list in row `gradient` to `scalars`, or adds them;
+// Writes two sums over the gradient list in row `gradient` to `scalars`, or adds them: that of its
+// squares, and for the first gradient that of M g^2, for others with with_first that of g1 g.
 // `partials` is scratch, 2 float64 per chunk.
 constexpr char kReduceSchema[] =
     "reduce(Tensor table, Tensor chunks, int chunk_size, ScalarType dtype, ScalarType grad_dtype, "
-    "Tensor(a!) partials, Tensor(b!) scalars, Tensor(c!) flags, int gradient, int geometry, "
-    "bool accumulate) -> ()";
+    "Tensor groups, Tensor(a!) partials, Tensor(b!) scalars, Tensor(c!) flags, int gradient, "
+    "int geometry, bool with_first, bool accumulate) -> ()";
 
-// Perturbs the parameters, or with undo=True takes them back.
+// Moves the parameters from the point where they are to another one.
 constexpr char kPerturbSchema[] =
     "perturb_(Tensor table, Tensor chunks, int chunk_size, ScalarType dtype, ScalarType "
     "grad_dtype, "
-    "Tensor groups, Tensor scalars, Tensor(a!) flags, int geometry, bool has_backup, bool undo) "
+    "Tensor groups, Tensor scalars, Tensor(a!) flags, int geometry, bool has_backup, int target) "
     "-> ()";
 
-// Restores, updates parameters and states, counts the steps. check_second: the norm of the second
-// gradient is known, and the step is skipped if it is not finite.
+// Restores, updates parameters and states, counts the steps. Bit k of `required`: a parameter
+// without gradient k + 1 is not updated; of `checked`: the norm of that gradient is known, and the
+// step is skipped if it is not finite. keep_point: the update starts from where the parameters are.
 constexpr char kUpdateSchema[] =
     "update_(Tensor table, Tensor chunks, int chunk_size, ScalarType dtype, ScalarType grad_dtype, "
     "Tensor groups, Tensor(a!) scalars, Tensor(b!) flags, Tensor(c!) steps, int base_rule, "
-    "int evaluations, bool has_backup, bool check_second, bool count_skipped) -> ()";
+    "int evaluations, int required, int checked, bool has_backup, bool keep_point, "
+    "bool count_skipped) -> ()";
 
 }  // namespace wsam_fused

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
-from wsam_fused import SAM, WSAM
+from wsam_fused import BSAM, GNP, GSAM, SAM, WSAM
 from wsam_fused.backends import BACKENDS
 
 Optimizer = torch.optim.Optimizer
@@ -38,17 +38,24 @@ FOREIGN_BASES: dict[str, Callable[..., Optimizer]] = {
     "adagrad": functools.partial(torch.optim.Adagrad, lr=0.01),  # makes its state when built
 }
 
+# Those that are stepped with given gradients; see test_per_sample.py for the others.
 METHODS: dict[str, Callable[..., Any]] = {
     "sam": SAM,
     "wsam": functools.partial(WSAM, gamma=0.9),
     "wsam-gamma-0": functools.partial(WSAM, gamma=0.0),
     "coupled": functools.partial(WSAM, gamma=0.8, decouple=False),
     "coupled-half": functools.partial(WSAM, gamma=0.5, decouple=False),
+    "gsam": functools.partial(GSAM, alpha=0.4),
+    "bsam": functools.partial(BSAM, rho_min=0.2),
+    "bsam-as-published": functools.partial(BSAM, rho_min=0.2, as_published=True),
+    "gnp": functools.partial(GNP, alpha=0.8),
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"rho": 0.1},
     "adaptive": {"rho": 0.5, "adaptive": True},
+    "asam": {"rho": 0.5, "geometry": "adaptive", "eta": 0.05},
+    "fisher": {"rho": 0.1, "geometry": "fisher", "eta": 0.7},
     "backup": {"rho": 0.1, "restore": "backup"},
     "clip": {"rho": 0.1, "max_grad_norm": 0.5},
     "clip-adaptive": {"rho": 0.5, "adaptive": True, "max_grad_norm": 0.5},
@@ -140,8 +147,18 @@ def step(
     seed: int,
     dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
 ) -> None:
-    """One step with given gradients of given dtypes, in the two-call form."""
-    set_gradients(params, 2 * seed, dtypes[0])
-    optimizer.first_step(zero_grad=True)
-    set_gradients(params, 2 * seed + 1, dtypes[1])
-    optimizer.second_step(zero_grad=True)
+    """One step with given gradients, call by call; ``dtypes`` are those of g1 and of the others."""
+    for evaluation in range(optimizer.evaluations):
+        set_gradients(params, seed_of(seed, evaluation), dtypes[min(evaluation, 1)])
+        call(optimizer, evaluation)
+
+
+def seed_of(step: int, evaluation: int) -> int:
+    """Return the seed of the gradients of an evaluation."""
+    return 2 * step + evaluation if evaluation < 2 else 1000 + step
+
+
+def call(optimizer: Any, evaluation: int) -> None:
+    """Give an optimizer the gradients of an evaluation, 0 for g1."""
+    calls = (optimizer.first_step, optimizer.second_step, getattr(optimizer, "third_step", None))
+    calls[evaluation](zero_grad=True)

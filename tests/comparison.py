@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import device_of, parameters, set_gradients
+from cases import call, device_of, parameters, seed_of, set_gradients
 from tolerances import ONE_STEP, PERTURBED, REDUCTION, close
 
 STEPS = 4
@@ -42,21 +42,24 @@ def step_both(
     number: int,
     dtypes: GradientDtypes = (None, None),
 ) -> None:
-    """Make a step with given gradients; compare at the ascent point and at the end."""
+    """Make a step with given gradients; compare at every point and at the end.
+
+    ``dtypes`` are those of g1 and of the other gradients.
+    """
     what = f"step {number}"
     pairs = [(one, all_params(one)) for one in (ours, reference)]
-    for optimizer, params in pairs:
-        set_gradients(params, 2 * number, dtypes[0])
-        optimizer.first_step(zero_grad=True)
-    # Norms, which no comparison after the restore would show.
-    sums = [one._engine.primary.scalars[:2].cpu() for one in (ours, reference)]
-    close(*sums, REDUCTION[torch.float64], f"{what}, norms")
-    for i, (param, expected) in enumerate(zip(pairs[0][1], pairs[1][1], strict=True)):
-        where = f"{what}, parameter {i} at the ascent point"
-        close(param.detach().cpu(), expected.detach().cpu(), PERTURBED[dtype], where)
-    for optimizer, params in pairs:
-        set_gradients(params, 2 * number + 1, dtypes[1])
-        optimizer.second_step(zero_grad=True)
+    for evaluation in range(ours.evaluations):
+        for optimizer, params in pairs:
+            set_gradients(params, seed_of(number, evaluation), dtypes[min(evaluation, 1)])
+            call(optimizer, evaluation)
+        if evaluation == 0:  # norms, which no comparison after the restore would show
+            sums = [one._engine.scalars[:2].cpu() for one in (ours, reference)]
+            close(*sums, REDUCTION[torch.float64], f"{what}, norms")
+        if evaluation < ours.evaluations - 1:
+            point = ("ascent", "descent")[evaluation]
+            for i, (param, expected) in enumerate(zip(pairs[0][1], pairs[1][1], strict=True)):
+                where = f"{what}, parameter {i} at the {point} point"
+                close(param.detach().cpu(), expected.detach().cpu(), PERTURBED[dtype], where)
     compare_and_align(ours, reference, dtype, what)
 
 

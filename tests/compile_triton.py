@@ -21,7 +21,7 @@ import torch
 from machine_code import spills_in_loops
 
 from wsam_fused.base_rules import BaseRule
-from wsam_fused.plan import Geometry
+from wsam_fused.plan import Geometry, Point
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 PAIRS = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F64)]
@@ -42,7 +42,9 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        parts = [*self.arguments, *(key for key, value in self.options.items() if value is True)]
+        parts = list(self.arguments)
+        parts += [key for key, value in self.options.items() if value is True]
+        parts += [value for value in self.options.values() if isinstance(value, Point)]
         words = [getattr(part, "name", str(part)).removeprefix("torch.").lower() for part in parts]
         return "-".join([f"sm_{self.architecture}", self.module, *words])
 
@@ -52,13 +54,20 @@ def _entries() -> Iterator[Entry]:
         pairs = PAIRS if architecture == 90 else FEW_PAIRS
         for dtype, grad in pairs:
             low = dtype in (BF16, F16)  # always restored from a copy
-            yield Entry(architecture, "reduce", (grad, grad, EUCLIDEAN), {})
-            yield Entry(architecture, "reduce", (dtype, grad, ADAPTIVE), {})
-            for geometry, has_backup in ((EUCLIDEAN, low), (ADAPTIVE, True)):
-                options = {"has_backup": has_backup, "undo": False}
-                yield Entry(architecture, "perturb", (dtype, grad, geometry), options)
+            for pairing in range(4):  # three geometries, and the product with g1
+                yield Entry(architecture, "reduce", (dtype, grad, pairing), {})
+            for geometry in Geometry if architecture == 90 else (EUCLIDEAN, ADAPTIVE):
+                for has_backup in {low or geometry != EUCLIDEAN, True}:
+                    options = {"has_backup": has_backup, "target": Point.ASCENT}
+                    yield Entry(architecture, "perturb", (dtype, grad, geometry), options)
+            yield Entry(
+                architecture,
+                "perturb",
+                (dtype, dtype, EUCLIDEAN),
+                {"has_backup": True, "target": Point.PROBE},
+            )
             for has_backup in {low, True}:
-                options = {"has_backup": has_backup, "undo": True}
+                options = {"has_backup": has_backup, "target": Point.WEIGHTS}
                 yield Entry(architecture, "perturb", (dtype, grad, EUCLIDEAN), options)
             rules = list(BaseRule) if architecture == 90 else [BaseRule.MOMENTUM, BaseRule.ADAM]
             for rule in rules:
@@ -84,11 +93,12 @@ def compiled(entry: Entry) -> dict[str, Any]:
     module = {"reduce": reduce, "perturb": perturb, "update": update}[entry.module]
     kernel = getattr(module, f"_{entry.module}_kernel")
     operands = module.operands(*entry.arguments, CHUNK_SIZE, **entry.options)
-    if module is update:
-        dtype, _, rule, *_ = entry.arguments
-        programs = update.programs_per_processor(dtype, rule)
-    else:
-        programs = module.PROGRAMS_PER_PROCESSOR
+    dtype, grad_dtype, kind, *_ = entry.arguments
+    programs = {
+        reduce: lambda: reduce.programs_per_processor(grad_dtype, kind),
+        perturb: lambda: perturb.PROGRAMS_PER_PROCESSOR,
+        update: lambda: update.programs_per_processor(dtype, kind),
+    }[module]()
     tables = {"table": "*i64", "first_tensor": "*i64", "steps": "*fp32"}
     doubles = dict.fromkeys(("groups", "scalars", "flags", "partials"), "*fp64")
     types = {**tables, **doubles, **dict.fromkeys(operands, "constexpr")}

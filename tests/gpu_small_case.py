@@ -54,7 +54,7 @@ def rows(dtype: torch.dtype, grad_dtype: torch.dtype) -> Iterator[Row]:
     for base in RULES:
         for option in OPTIONS:
             yield Row(dtype, grad_dtype, base, "wsam", option)
-    for method in ("coupled", "sam"):
+    for method in ("coupled", "sam", "gsam", "bsam", "bsam-as-published"):
         for option in OPTIONS:
             yield Row(dtype, grad_dtype, "adamw", method, option)
     # What kernels cannot walk: the reference steps it on the GPU, in hundreds of torch's kernels.

@@ -20,7 +20,7 @@ def array(case: str, name: str) -> np.ndarray:
 
 
 class Problem:
-    """A problem's parameters and the loss of a step's mini-batch.
+    """A problem's parameters and the losses of a step's mini-batch.
 
     With x, a, c, z the inputs: l = x W + b, k = (a, c) contracted with T and padded with zeros,
     t = z v. Kind ``logit`` is the cross entropy of s tanh(l) + k + t r; kind ``quad`` half the
@@ -30,6 +30,7 @@ class Problem:
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
         info = INDEX["problems"][name]
+        self.names = [p["name"] for p in info["params"]]
         self.shapes = [tuple(p["shape"]) for p in info["params"]]
         self.dtype = dtype
         if name == "toy":
@@ -55,9 +56,12 @@ class Problem:
 
     def loss(self, step: int) -> Tensor:
         """Mean loss of the mini-batch of ``step``, which counts from 1."""
-        if self.name == "toy":
-            return self._toy_loss()
+        return self._toy_loss() if self.name == "toy" else self.losses(step).mean()
+
+    def losses(self, step: int, index: Tensor | slice | None = None) -> Tensor:
+        """Losses of the samples of the mini-batch, or of some of them."""
         rows = torch.as_tensor(self.batches[step - 1])
+        rows = rows if index is None else rows[index]
         weight, bias, core, scale, tail = self.params
         x, a, c, z = (self.data[n][rows] for n in ("x", "a", "c", "z"))
         linear = x @ weight + bias
@@ -67,9 +71,10 @@ class Problem:
         scale = scale.reshape(())
         if self.name == "logit":
             outputs = scale * torch.tanh(linear) + rest
-            return torch.nn.functional.cross_entropy(outputs, self.y[rows].long())
+            targets = self.y[rows].long()
+            return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
         outputs = linear + rest + scale * self.data["u"]
-        return 0.5 * ((outputs - self.y[rows].to(self.dtype)) ** 2).sum(1).mean()
+        return 0.5 * ((outputs - self.y[rows].to(self.dtype)) ** 2).sum(1)
 
     def _toy_loss(self) -> Tensor:
         mu, sigma = self.params[0]

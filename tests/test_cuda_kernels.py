@@ -22,8 +22,9 @@ import wsam_fused
 ARCHITECTURES = ("80", "90", "100", "120")
 # Parameters and gradients: see with_dtypes in csrc/cuda/operations.h.
 PAIRS = 6
+TYPES = 4
 RULES = 5
-GEOMETRIES = 2
+GEOMETRIES = 3
 # Half of the 2,048 threads that a multiprocessor of an A100, H100 or B200 holds: 65,536 registers.
 HALF_OCCUPANCY = 64
 # What a thread asks for before it waits: the gradients and w, and one or both states.
@@ -112,8 +113,10 @@ def test_every_architecture_has_every_kernel() -> None:
     count = defaultdict(int)
     for kernel in kernels():
         count[kernel.architecture] += 1
-    # reduce: a Euclidean one for each type of gradient, an adaptive one for each pair.
-    expected = (4 + PAIRS) + PAIRS * GEOMETRIES + PAIRS * RULES
+    # reduce: three for each type of gradient, an adaptive one for each pair.
+    reduce = 3 * TYPES + PAIRS
+    perturb = GEOMETRIES * PAIRS + TYPES  # and noise for each type of parameter
+    expected = reduce + perturb + PAIRS * RULES
     assert {"90"} <= set(count) <= set(ARCHITECTURES)
     assert set(count.values()) == {expected}
     assert "PTX" in dump("-lptx"), "a newer architecture could not compile its own code"

@@ -257,7 +257,7 @@ def test_what_a_graph_writes_to_outlives_the_tables_of_the_optimizer(change: str
     step(one, params, 0)
     engine = one._engine
     assert engine is not None
-    table = engine.lists[0].table
+    table = engine.lists.lists[0].table
     assert table is not None
     table._rows[0]._captured.append(torch.zeros(0))  # as send() does in a capture
     addresses = weakref.ref(table.table)
@@ -272,7 +272,7 @@ def test_what_a_graph_writes_to_outlives_the_tables_of_the_optimizer(change: str
         one.state.clear()
     step(one, params, 1)
     gc.collect()
-    assert one._engine.lists[0].table.table is not addresses()  # type: ignore[union-attr]
+    assert one._engine.lists.lists[0].table.table is not addresses()  # type: ignore[union-attr]
     assert addresses() is not None, "a replay would write to memory that others have"
 
 

@@ -39,10 +39,11 @@ def test_docstring_has_every_argument_and_an_example_that_runs(method: Any) -> N
 def test_signature_shows_the_options(method: Any) -> None:
     parameters = inspect.signature(method).parameters
     expected = ["params", "base_optimizer", "rho"]
-    options = ["adaptive", "eps", "max_grad_norm", "check_finite", "restore", "backend", "model"]
+    options = ["geometry", "eta", "adaptive", "only_weights", "every", "eps", "max_grad_norm"]
+    options += ["check_finite", "restore", "backend", "model"]
     assert list(parameters)[:3] == expected
     assert [name for name in parameters if name in options] == options
-    assert parameters["rho"].default == 0.05
+    assert parameters["rho"].default == (0.1 if method.__name__ == "GNP" else 0.05)
 
 
 def test_command_line_prints_backends_and_reasons() -> None:

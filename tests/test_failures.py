@@ -11,7 +11,7 @@ import torch
 from cases import BASES, FOREIGN_BASES, METHODS, parameters, set_gradients, step
 from torch.optim import SGD, AdamW
 
-from wsam_fused import SAM, WSAM, _extension
+from wsam_fused import GNP, GSAM, SAM, WSAM, _extension
 from wsam_fused.gradients import GradientReader
 from wsam_fused.tensor_list import TensorList
 
@@ -77,6 +77,21 @@ def test_a_parameter_twice_is_refused() -> None:
         SAM([param, param], SGD, lr=0.1)
     with pytest.raises(ValueError, match="more than one parameter group"):
         SAM([{"params": [param]}, {"params": [param]}], SGD, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        (GSAM, {"alpha": -0.1}, r"alpha is -0.1, expected a number >= 0 and finite"),
+        (GSAM, {"alpha": float("inf")}, r"alpha is inf, expected a number >= 0 and finite"),
+        (GNP, {"alpha": 1.1}, r"alpha is 1.1, expected a number in \[0, 1\]"),
+    ],
+)
+def test_a_method_checks_its_own_arguments(
+    method: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        method(one(), SGD, lr=0.1, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+import per_sample_cases
 import pytest
 import torch
-from cases import BASES, METHODS, parameters, step
+from cases import BASES, METHODS, call, parameters, step
 from torch import Tensor
 
 from wsam_fused import WSAM, _extension
@@ -39,17 +41,19 @@ class Training:
     Args:
         backend: Of the optimizer.
         lr: Learning rate, a number or a tensor on the GPU.
+        method: By name.
         options: Of the optimizer.
     """
 
-    def __init__(self, backend: str, lr: Any, **options: Any) -> None:
+    def __init__(self, backend: str, lr: Any, method: str = "wsam", **options: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         shapes = [(257, 33), (1000,), (3,), (64, 64)]
         values = [torch.randn(shape, generator=generator).cuda() for shape in shapes]
         self.params = [torch.nn.Parameter(value) for value in values]
         self.inputs = [torch.ones_like(value) for value in values]
         options = {"rho": 0.5, **options}
-        self.optimizer = WSAM(self.params, torch.optim.AdamW, lr=lr, backend=backend, **options)
+        base = functools.partial(torch.optim.AdamW, lr=lr)
+        self.optimizer = METHODS[method](self.params, base, backend=backend, **options)
 
     def loss(self) -> Tensor:
         pairs = zip(self.params, self.inputs, strict=True)
@@ -57,10 +61,9 @@ class Training:
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        self.loss().backward()
-        self.optimizer.first_step(zero_grad=True)
-        self.loss().backward()
-        self.optimizer.second_step(zero_grad=True)
+        for evaluation in range(self.optimizer.evaluations):
+            self.loss().backward()
+            call(self.optimizer, evaluation)
 
     def set_inputs(self, number: int) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -74,6 +77,21 @@ class Training:
         ]
 
 
+METHODS_AND_OPTIONS = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adaptive": True},
+        {"geometry": "fisher"},
+        {"max_grad_norm": 1.0},
+        {"method": "gsam"},
+        {"method": "gsam", "max_grad_norm": 1.0, "geometry": "adaptive"},
+        {"method": "bsam"},
+        {"method": "bsam-as-published", "geometry": "fisher"},
+    ],
+)
+
+
 @pytest.fixture
 def errors_on_waiting() -> Iterator[Callable[[], None]]:
     """From its call on, whatever waits for the GPU raises."""
@@ -82,7 +100,7 @@ def errors_on_waiting() -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"max_grad_norm": 1.0}])
+@METHODS_AND_OPTIONS
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_step_never_waits(
     tensor_lr: bool, options: dict[str, Any], backend: str, errors_on_waiting: Callable[[], None]
@@ -99,7 +117,7 @@ def test_a_step_never_waits(
     assert not torch.equal(before[0], training.params[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"max_grad_norm": 1.0}])
+@METHODS_AND_OPTIONS
 def test_a_captured_step_equals_an_uncaptured_one(options: dict[str, Any], backend: str) -> None:
     lr = torch.tensor(0.01, device="cuda")
     captured, plain = (Training(backend, lr, **options) for _ in range(2))
@@ -135,6 +153,53 @@ def test_a_captured_step_equals_an_uncaptured_one(options: dict[str, Any], backe
     plain.step()
     for ours, expected in zip(captured.state(), plain.state(), strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+@pytest.mark.parametrize("method", per_sample_cases.METHODS)
+def test_a_step_with_losses_of_samples_never_waits(
+    method: str, backend: str, errors_on_waiting: Callable[[], None]
+) -> None:
+    params = parameters("unaligned", torch.float32, "cuda")
+    slopes = [torch.randn(6, *param.shape, device="cuda") for param in params]
+
+    def losses_fn(index: Tensor | None = None) -> Tensor:
+        parts = [(s * p).flatten(1).sum(1) for s, p in zip(slopes, params, strict=True)]
+        losses = torch.stack(parts).sum(0)
+        return losses if index is None else losses[index]
+
+    optimizer = per_sample_cases.METHODS[method](params, BASES["adamw"], backend=backend)
+    optimizer.step(losses_fn)
+    optimizer.step(losses_fn)
+    before = [param.detach().clone() for param in params]
+    errors_on_waiting()
+    optimizer.step(losses_fn)
+    torch.cuda.set_sync_debug_mode("default")
+    assert not any(torch.equal(param, w) for param, w in zip(params, before, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="draws random numbers on the host"):
+        with torch.cuda.graph(graph):
+            optimizer.step(losses_fn)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+@pytest.mark.parametrize("method", ["sam", "wsam", "gsam"])
+def test_a_step_over_micro_batches_never_waits(
+    method: str, backend: str, errors_on_waiting: Callable[[], None]
+) -> None:
+    training = Training(backend, 0.01, method)
+
+    def closure() -> Tensor:
+        loss = training.loss()
+        loss.backward()
+        return loss
+
+    training.optimizer.step([closure, closure])
+    before = training.state()
+    errors_on_waiting()
+    training.optimizer.step([closure, closure])
+    torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(before[0], training.params[0])
 
 
 def test_launches_do_not_depend_on_the_number_of_tensors(backend: str) -> None:

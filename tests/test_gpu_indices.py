@@ -20,7 +20,7 @@ Visit = tuple[int, int, int, int]
 
 
 def table_of(sizes: list[int], chunk_size: int) -> PointerTable:
-    return PointerTable(sizes, [0] * len(sizes), chunk_size, CPU)
+    return PointerTable(sizes, [0] * len(sizes), list(range(len(sizes))), chunk_size, CPU)
 
 
 def visits(table: PointerTable, chunk: int, width: int) -> list[Visit]:

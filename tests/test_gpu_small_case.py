@@ -10,7 +10,7 @@ import torch
 from gpu_small_case import F32, FOREIGN, STEPS, Row
 
 from wsam_fused.backends.native import NativeBackend
-from wsam_fused.plan import Slot
+from wsam_fused.plan import Point, Slot
 
 CPU = torch.device("cpu")
 NAME = "cuda-emulated"
@@ -37,7 +37,7 @@ def test_it_goes_through_all_rows(
     gpu_small_case.main(["--backends", NAME, "--device", "cpu"])
     assert len(set(seen)) == len(seen) > 200
     output = capsys.readouterr().out
-    assert "parameters float32, gradients bfloat16: 12 steps, 0 rows differ" in output
+    assert "parameters float32, gradients bfloat16: 16 steps, 0 rows differ" in output
     assert output.endswith(f"compared {len(seen) * STEPS} steps, 0 rows differ\n")
 
 
@@ -46,15 +46,15 @@ def test_it_notices_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) ->
     row = Row(F32, F32, "adamw", "wsam", "plain")
     perturb, reduce = NativeBackend.perturb, NativeBackend.reduce
 
-    def no_perturb(backend: Any, tensors: Any, *, undo: bool = False) -> None:
-        tensors.flags[0] = 1.0
+    def no_perturb(backend: Any, tensors: Any, target: Point) -> None:
+        tensors.flags[0] = float(target)
 
-    def wrong_norm(backend: Any, tensors: Any, evaluation: int, *, accumulate: bool) -> None:
-        reduce(backend, tensors, evaluation, accumulate=accumulate)
+    def wrong_norm(backend: Any, tensors: Any, evaluation: int, **options: Any) -> None:
+        reduce(backend, tensors, evaluation, **options)
         tensors.shared.scalars[Slot.METRIC_SQ] *= 9
 
     def no_update(backend: Any, tensors: Any, *arguments: Any, **options: Any) -> None:
-        perturb(backend, tensors, undo=True)
+        perturb(backend, tensors, Point.WEIGHTS)
 
     name, wrong = {
         "perturbation": ("perturb", no_perturb),

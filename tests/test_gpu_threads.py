@@ -35,10 +35,10 @@ def results(seed: int, layout: str, base: str, **options: Any) -> list[Tensor]:
     optimizer.first_step(zero_grad=True)
     optimizer.restore()
     step(optimizer, params, 1)
-    flags = optimizer._engine.lists[0].flags
+    flags = optimizer._engine.lists.lists[0].flags
     assert flags.tolist() == [0.0, 0.0], "the counter of the blocks is not back at 0"
     states = [value for p in params for value in optimizer.state[p].values()]
-    return [*[p.detach() for p in params], *states, optimizer._engine.primary.scalars]
+    return [*[p.detach() for p in params], *states, optimizer._engine.scalars]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_private_memory_is_not_copied(backend: str) -> None:
         grad = param.grad
         assert grad is not None
         optimizer.first_step(zero_grad=True)
-        (taken,) = optimizer._engine.lists[0].grads[0]  # type: ignore[union-attr]
+        (taken,) = optimizer._engine.lists.lists[0].grads[0]  # type: ignore[union-attr]
         assert taken is grad
         (param**2).sum().backward()
         optimizer.second_step(zero_grad=True)

@@ -24,7 +24,7 @@ BACKEND = pytest.mark.parametrize("name", NAMES)
 
 @BACKEND
 @pytest.mark.parametrize("base", ["sgd", "nesterov", "amsgrad", "adamw", "rmsprop"])
-@pytest.mark.parametrize("method", ["sam", "wsam", "coupled"])
+@pytest.mark.parametrize("method", ["sam", "wsam", "coupled", "gsam", "bsam", "bsam-as-published"])
 def test_low_precision_parameters(method: str, base: str, dtype: torch.dtype, name: str) -> None:
     if base == "rmsprop" and dtype == torch.float16:
         pytest.skip("torch's RMSprop divides by zero: its squares and its eps vanish in float16")
@@ -33,7 +33,7 @@ def test_low_precision_parameters(method: str, base: str, dtype: torch.dtype, na
 
 
 @BACKEND
-@pytest.mark.parametrize("option", ["adaptive", "clip", "backup"])
+@pytest.mark.parametrize("option", ["asam", "fisher", "clip", "backup"])
 @pytest.mark.parametrize("layout", ["unaligned", "strided", "many-chunks"])
 def test_low_precision_options_and_layouts(
     layout: str, option: str, dtype: torch.dtype, name: str
@@ -114,7 +114,7 @@ def test_low_precision_gradients_are_not_copied(dtype: torch.dtype, name: str) -
         param.grad = torch.ones_like(param, dtype=dtype)
     addresses = [param.grad.data_ptr() for param in params]
     optimizer.first_step(zero_grad=True)
-    taken = optimizer._engine.lists[0].grads[0]
+    taken = optimizer._engine.lists.lists[0].grads[0]
     assert [grad.data_ptr() for grad in taken] == addresses
     assert {grad.dtype for grad in taken} == {dtype}
     optimizer.restore()

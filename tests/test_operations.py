@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from cases import BASES, LAYOUTS, METHODS, device_of, parameters, set_gradients, step
+from cases import BASES, LAYOUTS, METHODS, call, device_of, parameters, set_gradients, step
 from tolerances import PERTURBED, REDUCTION, close
+from torch import Tensor
 
-from wsam_fused import _extension
+from wsam_fused import RWSAM, _extension
 from wsam_fused.backends import BACKENDS
 from wsam_fused.plan import ALIGNMENT, PointerTable, Slot, TableRow
 
@@ -25,47 +29,141 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+GEOMETRIES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
+    "euclidean": ({}, lambda w, g: torch.ones_like(g)),
+    "adaptive": ({"adaptive": True}, lambda w, g: w**2),
+    "asam": ({"geometry": "adaptive", "eta": 0.3}, lambda w, g: (w.abs() + 0.3) ** 2),
+    "fisher": ({"geometry": "fisher", "eta": 0.7}, lambda w, g: 1 / (1 + 0.7 * g * g)),
+}
+
+
+def copies(
+    params: list[torch.nn.Parameter],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and gradients in float64."""
+    weights = [param.detach().double().clone() for param in params]
+    return weights, [param.grad.double().clone() for param in params]  # type: ignore[union-attr]
+
+
+def metrics(geometry: str, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    return [GEOMETRIES[geometry][1](w, g) for w, g in zip(weights, grads, strict=True)]
+
+
+def total(*lists: list[Tensor]) -> Tensor:
+    """Sum over all elements of the products."""
+    sums = [math.prod(tensors).sum() for tensors in zip(*lists, strict=True)]  # type: ignore[attr-defined]
+    return torch.stack(sums).sum()
+
+
 @DTYPES
-@pytest.mark.parametrize("adaptive", [False, True], ids=["euclidean", "adaptive"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reduce_is_the_sum_of_squares(
-    layout: str, adaptive: bool, dtype: torch.dtype, backend: str
+    layout: str, geometry: str, dtype: torch.dtype, backend: str
 ) -> None:
     params = parameters(layout, dtype, device_of(backend))
     set_gradients(params, 3)
-    metric = [p.detach().double() ** 2 if adaptive else torch.ones(()) for p in params]
-    squares = [p.grad.double() ** 2 for p in params]  # type: ignore[union-attr]
-    expected = sum((m * s).sum() for m, s in zip(metric, squares, strict=True))
-    optimizer = METHODS["sam"](params, BASES["sgd"], adaptive=adaptive, backend=backend)
+    weights, grads = copies(params)
+    options = GEOMETRIES[geometry][0]
+    optimizer = METHODS["sam"](params, BASES["sgd"], backend=backend, **options)
     optimizer.first_step(zero_grad=True)
-    scalars = optimizer._engine.primary.scalars
+    scalars = optimizer._engine.scalars
+    expected = total(metrics(geometry, weights, grads), grads, grads)
     close(scalars[Slot.METRIC_SQ], expected, REDUCTION[dtype], "metric")
-    close(scalars[Slot.GRAD1_SQ], sum(s.sum() for s in squares), REDUCTION[dtype], "plain")
-    close(
-        optimizer.last.grad_norm or scalars[Slot.GRAD1_SQ].sqrt(),
-        sum(s.sum() for s in squares).sqrt(),
-        REDUCTION[dtype],
-        "norm",
-    )
+    close(scalars[Slot.GRAD1_SQ], total(grads, grads), REDUCTION[dtype], "plain")
 
 
 @DTYPES
-@pytest.mark.parametrize("adaptive", [False, True], ids=["euclidean", "adaptive"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_perturbation_has_the_radius_and_direction(
-    layout: str, adaptive: bool, dtype: torch.dtype, backend: str
+def test_reduce_of_later_gradients_and_their_product_with_the_first(
+    layout: str, dtype: torch.dtype, backend: str
+) -> None:
+    params = parameters(layout, dtype, device_of(backend))
+    optimizer = METHODS["bsam"](params, BASES["sgd"], backend=backend)
+    lists = []
+    for evaluation in range(2):
+        set_gradients(params, evaluation)
+        lists.append(copies(params)[1])
+        call(optimizer, evaluation)
+    set_gradients(params, 2)
+    lists.append(copies(params)[1])
+    engine = optimizer._engine
+    engine.read_next()
+    engine.reduce(1, with_first=True)
+    engine.reduce(2)
+    optimizer.restore()
+    scalars = engine.scalars
+    close(scalars[Slot.GRAD2_SQ], total(lists[1], lists[1]), REDUCTION[dtype], "second")
+    close(scalars[Slot.GRAD3_SQ], total(lists[2], lists[2]), REDUCTION[dtype], "third")
+    # The terms of the product cancel: absolute, in units of what their squares add up to.
+    norms = (total(lists[0], lists[0]) * total(lists[1], lists[1])).sqrt()
+    found = scalars[Slot.DOT12] / norms
+    expected = total(lists[0], lists[1]) / norms
+    close(found, expected, REDUCTION[dtype]._replace(atol=1e-12), "product")
+
+
+def test_reduce_of_a_product_leaves_out_tensors_without_a_first_gradient(backend: str) -> None:
+    params = parameters("unaligned", torch.float64, device_of(backend))
+    optimizer = METHODS["gsam"](params, BASES["sgd"], backend=backend)
+    set_gradients(params, 0)
+    params[1].grad = None
+    first = [param.grad for param in params]
+    optimizer.first_step(zero_grad=True)
+    set_gradients(params, 1)
+    second = [param.grad for param in params]
+    both = [i for i, grad in enumerate(first) if grad is not None]
+    optimizer.second_step()
+    scalars = optimizer._engine.scalars
+    pairs = [(first[i], second[i]) for i in both]
+    expected = sum((a * b).sum() for a, b in pairs)  # type: ignore[operator]
+    close(scalars[Slot.DOT12], expected, REDUCTION[torch.float64], "product")  # type: ignore[arg-type]
+    squares = sum((b * b).sum() for _, b in pairs)  # type: ignore[operator]
+    close(scalars[Slot.GRAD2_SQ], squares, REDUCTION[torch.float64], "second")  # type: ignore[arg-type]
+
+
+@DTYPES
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_points_have_the_radius_and_direction(
+    layout: str, geometry: str, dtype: torch.dtype, backend: str
 ) -> None:
     params = parameters(layout, dtype, device_of(backend))
     set_gradients(params, 3)
-    before = [p.detach().clone() for p in params]
-    grads = [p.grad.double().clone() for p in params]  # type: ignore[union-attr]
-    metric = [b.double() ** 2 if adaptive else torch.ones_like(b).double() for b in before]
-    norm = sum((m * g * g).sum() for m, g in zip(metric, grads, strict=True)).sqrt()
-    optimizer = METHODS["sam"](params, BASES["sgd"], rho=0.3, adaptive=adaptive, backend=backend)
-    optimizer.first_step(zero_grad=True)
-    for param, w, g, m in zip(params, before, grads, metric, strict=True):
-        expected = (w.double() + 0.3 / (norm + 1e-12) * m * g).to(dtype)
-        close(param.detach(), expected, PERTURBED[dtype], "perturbed parameter")
+    weights, grads = copies(params)
+    metric = metrics(geometry, weights, grads)
+    norm = total(metric, grads, grads).sqrt()
+    options = {"rho": 0.3, "rho_min": 0.2, **GEOMETRIES[geometry][0]}
+    optimizer = METHODS["bsam"](params, BASES["sgd"], backend=backend, **options)
+    for evaluation, radius in enumerate((0.3, -0.2)):
+        call(optimizer, evaluation)
+        for param, w, g, m in zip(params, weights, grads, metric, strict=True):
+            expected = (w + radius / (norm + 1e-12) * m * g).to(dtype)
+            close(param.detach(), expected, PERTURBED[dtype], f"at radius {radius}")
+        set_gradients(params, 4)
+    optimizer.restore()
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_noise_is_that_of_the_reference_and_leaves_nothing_behind(
+    layout: str, dtype: torch.dtype, backend: str
+) -> None:
+    lists = []
+    for name in (backend, "eager"):
+        torch.manual_seed(1)
+        params = parameters(layout, dtype, device_of(backend))
+        before = [param.detach().clone() for param in params]
+        optimizer = RWSAM(params, BASES["sgd"], delta=2.0**-6, backend=name)
+        engine = optimizer._begin_without_gradients()
+        with torch.no_grad():
+            engine.probe(2**40 + 12345)
+            lists.append([param.detach().clone() for param in params])
+            engine.leave_probe()
+        assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    assert all(torch.equal(p, expected) for p, expected in zip(*lists, strict=True))
+    moves = torch.cat([(p - w).flatten() for p, w in zip(lists[0], before, strict=True)])
+    share = (moves > 0).double().mean().item()
+    assert abs(share - 0.5) < 4 * 0.5 / moves.numel() ** 0.5
 
 
 @DTYPES
@@ -117,7 +215,7 @@ def test_pointers_do_not_change(backend: str) -> None:
 @pytest.mark.parametrize("chunk_size", [64, 128, 4096])
 def test_chunks_cover_every_element_once(chunk_size: int) -> None:
     sizes = [1, 63, 64, 65, 1, 1, 1000, 5, 4096, 2]
-    table = PointerTable(sizes, [0] * len(sizes), chunk_size, torch.device("cpu"))
+    table = PointerTable(sizes, [0] * len(sizes), [0] * len(sizes), chunk_size, torch.device("cpu"))
     offsets = table.table[TableRow.OFFSET].tolist()
     assert all(offset % ALIGNMENT == 0 for offset in offsets)
     seen = [0] * len(sizes)
@@ -138,10 +236,16 @@ from cases import BASES, METHODS, parameters, step
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64):
     for layout in ("sizes", "unaligned", "many-chunks"):
-        for option in (dict(), dict(adaptive=True), dict(max_grad_norm=0.1)):
+        for method, option in (
+            ("wsam", dict()),
+            ("wsam", dict(adaptive=True)),
+            ("wsam", dict(max_grad_norm=0.1)),
+            ("gsam", dict(geometry="fisher")),
+            ("bsam", dict(geometry="adaptive")),
+        ):
             torch.manual_seed(0)
             params = parameters(layout, dtype)
-            optimizer = METHODS["wsam"](params, BASES["adamw"], rho=0.3, backend="cpu", **option)
+            optimizer = METHODS[method](params, BASES["adamw"], rho=0.3, backend="cpu", **option)
             for number in range(2):
                 step(optimizer, params, number)
             for param in params:

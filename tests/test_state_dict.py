@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from typing import Any
 
@@ -125,3 +126,13 @@ def test_groups_that_do_not_match_are_refused() -> None:
     saved = WSAM(params[:2], BASES["adamw"]).state_dict()
     with pytest.raises(ValueError, match="doesn't match"):
         WSAM(params, BASES["adamw"]).load_state_dict(saved)
+
+
+def test_momentum_of_a_foreign_base_optimizer_is_in_the_checkpoint(backend: str) -> None:
+    params = parameters("unaligned", torch.float32)
+    base = functools.partial(torch.optim.RMSprop, lr=0.01, momentum=0.9)
+    optimizer = SAM(params, base, backend=backend)
+    step(optimizer, params, 0)
+    for param, entry in zip(params, optimizer.state_dict()["state"].values(), strict=True):
+        assert torch.equal(entry["momentum_buffer"], optimizer.state[param]["momentum_buffer"])
+        assert entry["momentum_buffer"].any()

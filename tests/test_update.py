@@ -29,7 +29,11 @@ def test_every_base_and_method(method: str, base: str, dtype: torch.dtype, name:
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize(
     ("base", "method", "option"),
-    list(itertools.product(["sgdm", "adamw", "rmsprop"], ["sam", "wsam", "coupled"], OPTIONS)),
+    list(
+        itertools.product(
+            ["sgdm", "adamw", "rmsprop"], ["sam", "wsam", "coupled", "gsam", "bsam"], OPTIONS
+        )
+    ),
 )
 def test_every_option(base: str, method: str, option: str, dtype: torch.dtype, name: str) -> None:
     bases = {**BASES, **FOREIGN_BASES}
@@ -73,7 +77,7 @@ def test_groups_with_values_of_their_own_share_one_launch(name: str) -> None:
         for number in range(STEPS):
             step(optimizer, params, number)
         if backend == name:
-            assert len(optimizer._engine.lists) == 1
+            assert len(optimizer._engine.lists.lists) == 1
         results.append([param.detach() for param in params])
     for ours, expected in zip(*results, strict=True):
         close(ours, expected, ONE_STEP[torch.float64], "groups")

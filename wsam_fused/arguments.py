@@ -63,6 +63,20 @@ def host_number(name: str, value: Any) -> float:
     return float(value)
 
 
+def whole_number(name: str, value: Any, low: int) -> int:
+    """Return ``value`` if it is a whole number of at least ``low``.
+
+    Raises:
+        TypeError: ``value`` is not a whole number.
+        ValueError: ``value`` is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected a whole number >= {low}")
+    if value < low:
+        raise ValueError(f"{name} is {value}, expected a whole number >= {low}")
+    return value
+
+
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Return ``value`` if it is one of ``allowed``; ValueError otherwise."""
     if value not in allowed:

@@ -1,13 +1,46 @@
-"""What loading a checkpoint needs besides what torch does."""
+"""What saving and loading a checkpoint need besides what torch does."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from wsam_fused.tensor_list import LOW_PRECISION, state_dtype
+
+
+def without_unused_buffers(
+    packed: dict[str, Any], params: Sequence[Tensor], step_counts: Mapping[Tensor, float]
+) -> None:
+    """Take momentum buffers out of a checkpoint that no step has used yet.
+
+    torch tells by this that the next step is the first, which is not dampened.
+
+    Args:
+        packed: The checkpoint; its entries are in the order of ``params``.
+        params: All parameters.
+        step_counts: Updates that each has had; one that is missing counts as updated.
+    """
+    for position, param in enumerate(params):
+        entry = packed["state"].get(position, {})
+        if "momentum_buffer" in entry and not step_counts.get(param, 1.0):
+            packed["state"][position] = {**entry, "momentum_buffer": None}
+
+
+def with_missing_keys(
+    state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Give the groups of a checkpoint the values that they lack, from ``groups``."""
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        return state_dict  # torch refuses it
+    merged = [
+        {**{k: v for k, v in now.items() if k != "params"}, **group}
+        for now, group in zip(groups, saved, strict=True)
+    ]
+    return {**state_dict, "param_groups": merged}
 
 
 def keep_wide_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

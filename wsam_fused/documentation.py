@@ -13,28 +13,41 @@ params: Parameters, named parameters or parameter groups, as ``torch.optim`` tak
             ``functools.partial`` of a class, or an instance over the same parameters, whose groups
             and state then become this optimizer's. Where a foreign class has a hyper-parameter of
             the same name, the group key of ours gets the prefix ``sam_``.
-        rho: Radius of the perturbation, >= 0: its Euclidean norm, in units of the parameters;
-            with ``adaptive`` its norm relative to the parameters, dimensionless. 0 does not
-            perturb, at the price of the second evaluation."""
+        rho: Radius of the perturbation, >= 0: its norm in the geometry, in units of the parameters
+            for the Euclidean one, relative to them for the adaptive one. 0 does not perturb, at the
+            price of the second evaluation. Or a schedule: a function of the step (from 1), or one
+            of :mod:`wsam_fused.schedules`."""
 
 COMMON_OPTIONS = """\
-adaptive: Scale the perturbation by w^2 elementwise, on every parameter. Keeps a copy of w
-            during the perturbed evaluation.
+geometry: The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2):
+            ``"euclidean"`` 1; ``"adaptive"`` (|w| + eta)^2, elementwise (ASAM); ``"fisher"``
+            1 / (1 + eta g1^2), with g1 the mean gradient (Fisher SAM). All but the first keep a
+            copy of w during the perturbed evaluation. A group key.
+        eta: Of the metric, >= 0. By default 0.01 for ``"adaptive"``, 1 for ``"fisher"``. A group
+            key.
+        adaptive: Short for ``geometry="adaptive", eta=0.0``, which is what the widely used PyTorch
+            port computes.
+        only_weights: Use the metric only for parameters whose name contains "weight", and 1 for
+            the others, as the ASAM authors do (normalization weights yes, biases no). Needs
+            ``model.named_parameters()``.
+        every: Make only each so many-th step a sharpness-aware one, the others steps of the base
+            optimizer with one evaluation.
         eps: Added to the gradient norm, >= 0. Adam's own eps is passed as
             ``functools.partial(torch.optim.Adam, eps=...)`` or in the groups.
         max_grad_norm: Clip each gradient to this global norm (over the parameters of this
             optimizer) when it enters the update; the perturbation uses the unclipped one.
             None does not clip.
-        check_finite: Read the second gradient once more to skip a step in which it is not finite.
-            Always on with ``max_grad_norm``. Without it a non-finite second gradient enters the
-            update as in ``torch.optim``; a non-finite first one always skips the step.
+        check_finite: Read the later gradients once more to skip a step in which one is not finite.
+            Always on with ``max_grad_norm`` and where the method needs their norms anyway. Without
+            it a non-finite later gradient enters the update as in ``torch.optim``; a non-finite
+            first one always skips the step.
         restore: ``"recompute"`` gets w back from p and g1 by one multiply-add, which costs no
             memory and is off by at most one unit in the last place of p, mostly by nothing.
-            ``"backup"`` keeps a copy and is exact; it is taken without asking for ``adaptive`` and
-            for 16-bit parameters.
+            ``"backup"`` keeps a copy and is exact; it is taken without asking for other geometries
+            than the Euclidean and for 16-bit parameters.
         backend: ``"auto"`` or the name of a backend (``python -m wsam_fused`` lists them).
         model: Keep the BatchNorm running statistics of this module out of the perturbed
-            evaluation.
+            evaluations.
         **base_kwargs: Arguments of the base optimizer's class, such as ``lr``.
 
     Raises:
@@ -52,7 +65,8 @@ def documented(method: _Class) -> _Class:
         "{common_options}", _dedented(COMMON_OPTIONS)
     )
     own = inspect.signature(vars(method)["__init__"]).parameters
-    shared = inspect.signature(vars(method.__mro__[1])["__init__"]).parameters
+    base = next(c for c in method.__mro__[1:] if "__init__" in vars(c))
+    shared = inspect.signature(vars(base)["__init__"]).parameters
     fixed = [p for name, p in own.items() if name not in ("self", "kwargs")]
     options = [p for name, p in shared.items() if name not in ("self", "own", *own)]
     method.__signature__ = inspect.Signature([*fixed, *options])  # type: ignore[attr-defined]

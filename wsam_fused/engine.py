@@ -2,190 +2,87 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from wsam_fused.backends import BACKENDS, Backend, Choice, select
+from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.coefficients import derived, with_the_perturbation_of
 from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import Gradients, check_not_overwritten, walkable
-from wsam_fused.parameters import check_separate, is_dense
-from wsam_fused.plan import Geometry, GroupRow, PointerTable, Slot, addresses_of
-from wsam_fused.shared_scalars import SharedScalars
+from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
+from wsam_fused.row import Row
 from wsam_fused.storage import follow_storage
-from wsam_fused.tensor_list import (
-    LOW_PRECISION,
-    ListKey,
-    TensorList,
-    state_tensor,
+from wsam_fused.tensor_list import TensorList
+from wsam_fused.tensor_lists import TensorLists
+
+# Which slots one reduction gives, by evaluation.
+_SLOTS = (
+    slice(Slot.METRIC_SQ, Slot.GRAD1_SQ + 1),
+    slice(Slot.GRAD2_SQ, Slot.GRAD2_SQ + 1),
+    slice(Slot.GRAD3_SQ, Slot.GRAD3_SQ + 1),
 )
-
-
-class GroupKind(NamedTuple):
-    """What of a parameter group decides which kernels run for it."""
-
-    rule: BaseRule
-    geometry: Geometry
-    wants_backup: bool
+_DOT = slice(Slot.DOT12, Slot.DOT12 + 1)
 
 
 class StepEngine:
-    """The tensor lists of an optimizer and what happens to them in a step.
+    """What happens to the tensor lists of an optimizer in a step.
 
     Args:
-        param_groups: The optimizer's groups. Parameters that are frozen and have no gradient are
-            left out until they get one.
-        kinds: One per group.
-        state: The optimizer's state; missing entries are created, existing ones adopted.
-        check_second: Form the norm of g2, and skip a step in which it is not finite.
-        backend: ``"auto"`` or the name of a backend.
+        lists: The parameters.
+        check_all: Form the norm of every gradient, and skip a step in which one is not finite.
         reuse_first_gradient: Whether a backup of w may take the memory of g1.
         foreign: The base optimizer to be stepped where there is no fused update.
-        step_counts: Updates that parameters have had, where the state does not say.
 
-    Raises:
-        ValueError: Two parameters share memory, or a state does not fit its parameter.
+    Attributes:
+        lists: The parameters.
+        foreign: The base optimizer, where there is no fused update.
+        at: The point where the parameters are, unless the norm of g1 is not finite.
+        read: How many gradients of the step in progress have been taken over.
+        known: Of which of them the norms are known, 0 for g1; of the last step, if none is in
+            progress.
+        knows_dot: Whether g1 . g2 is known, likewise.
     """
 
     def __init__(
         self,
-        param_groups: Sequence[Mapping[str, Any]],
-        kinds: Sequence[GroupKind],
-        state: MutableMapping[Tensor, Any],
+        lists: TensorLists,
         *,
-        check_second: bool,
-        backend: str,
+        check_all: bool,
         reuse_first_gradient: bool,
         foreign: Optimizer | None,
-        step_counts: Mapping[Tensor, float],
     ) -> None:
-        self.kinds = list(kinds)
-        self.pending = False
-        self.choices: dict[Tensor, Choice] = {}
-        self._state = state
-        self._check_second = check_second
+        self.lists = lists
+        self.at = Point.WEIGHTS
+        self.read = 0
+        self.known: set[int] = set()
+        self.knows_dot = False
+        self._check_all = check_all
         self._reuse_first_gradient = reuse_first_gradient
-        self._foreign = foreign
-        self._left_out: list[Tensor] = []
-        members: dict[ListKey, list[tuple[Tensor, int]]] = defaultdict(list)
-        for index, (group, kind) in enumerate(zip(param_groups, kinds, strict=True)):
-            for param in group["params"]:
-                if param.requires_grad or param.grad is not None:
-                    members[self._key_of(param, kind, backend)].append((param, index))
-                else:
-                    self._left_out.append(param)
-        check_separate(param for list_ in members.values() for param, _ in list_)
-        devices = dict.fromkeys(key.device for key in members) or [torch.device("cpu")]
-        self._shared = {device: SharedScalars(device) for device in devices}
-        self.primary = next(iter(self._shared.values()))
-        self.lists = [self._new_list(key, list_, step_counts) for key, list_ in members.items()]
-        self._state_size = len(state)
-        self.stale = False
+        self.foreign = foreign
 
-    def _key_of(self, param: Tensor, kind: GroupKind, backend: str) -> ListKey:
-        walkable = param.numel() > 0 and is_dense(param)
-        choice = select(backend, param.device, param.dtype, walkable=walkable)
-        self.choices[param] = choice
-        has_backup = (
-            kind.wants_backup or kind.geometry != Geometry.EUCLIDEAN or param.dtype in LOW_PRECISION
-        )
-        return ListKey(param.device, param.dtype, choice.name, kind.rule, kind.geometry, has_backup)
+    @property
+    def pending(self) -> bool:
+        """Whether a step is in progress."""
+        return self.read > 0 or self.at != Point.WEIGHTS
 
-    def _new_list(
-        self,
-        key: ListKey,
-        members: list[tuple[Tensor, int]],
-        step_counts: Mapping[Tensor, float],
-    ) -> TensorList:
-        params = [param for param, _ in members]
-        rule = key.rule
-        entries = [self._state.get(param, {}) for param in params]
-        counts = [
-            _updates_so_far(rule, entry, step_counts.get(param))
-            for param, entry in zip(params, entries, strict=True)
-        ]
-        steps = torch.tensor(counts, dtype=torch.float32, device=key.device)
-        states = [
-            [state_tensor(p, e.get(name), name) for p, e in zip(params, entries, strict=True)]
-            for name in rule.state_keys
-        ]
-        for i, param in enumerate(params):  # every tensor is good: now the state may change
-            if rule.keeps_step:
-                self._state[param]["step"] = steps[i]
-            for name, tensors in zip(rule.state_keys, states, strict=True):
-                self._state[param][name] = tensors[i]
-        groups = [index for _, index in members]
-        # The rule `none` writes to the gradients what the foreign optimizer reads.
-        lower = BACKENDS[key.backend].GRADIENT_DTYPES.get(key.dtype, ())
-        grad_dtypes = () if rule == BaseRule.NONE else lower
-        shared = self._shared[key.device]
-        return TensorList(key, params, groups, shared, states, steps, grad_dtypes)
+    @property
+    def scalars(self) -> Tensor:
+        """The scalars of the first device."""
+        return self.lists.primary.scalars
 
-    # ---- is it still right? ------------------------------------------------------------------
+    # ---- reading gradients -------------------------------------------------------------------
 
-    def outdated(self, kinds: Sequence[GroupKind], state: MutableMapping[Tensor, Any]) -> bool:
-        """Whether the lists do not fit the groups any more and have to be made anew.
-
-        Parameters whose memory was exchanged are noticed later, when the gradients are read.
-        """
-        return (
-            self.stale
-            or kinds != self.kinds
-            or state is not self._state
-            or self._lost_state()
-            or any(param.grad is not None for param in self._left_out)
-        )
-
-    def _lost_state(self) -> bool:
-        """Whether entries that the kernels write to are gone; others come and go as they like."""
-        if self._foreign is not None or len(self._state) == self._state_size:
-            return False
-        self._state_size = len(self._state)
-        return any(
-            param not in self._state
-            for tensors in self.lists
-            if tensors.key.rule.state_keys
-            for param in tensors.params
-        )
-
-    def is_captured(self) -> bool:
-        """Whether the replays of a CUDA graph write to the tables, which then have to stay."""
-        tables = [tensors.table for tensors in self.lists if tensors.table is not None]
-        owners: list[SharedScalars | PointerTable] = [*self._shared.values(), *tables]
-        return any(owner.is_captured() for owner in owners)
-
-    def step_counts(self) -> dict[Tensor, float]:
-        """Updates that each parameter has had."""
-        return {
-            param: count
-            for tensors in self.lists
-            for param, count in zip(tensors.params, tensors.steps.tolist(), strict=True)
-        }
-
-    # ---- the step ----------------------------------------------------------------------------
-
-    def set_rows(self, rows: list[GroupRow], rates: list[Tensor | None] | None = None) -> None:
-        """Bring the coefficients and hyper-parameters of the groups up to date.
-
-        Args:
-            rows: One per group.
-            rates: Learning rates that only a device knows, for an update that is about to follow.
-        """
-        for shared in self._shared.values():
-            shared.set_rows(rows)
-            if rates is not None:
-                shared.set_learning_rates(rates)
-
-    def read_first(self, *, keep: bool) -> bool:
+    def read_first(self, *, take: bool, copy: bool) -> bool:
         """Take over the gradients at w.
 
         Args:
-            keep: Leave ``.grad`` as it is and work on copies; else it becomes None.
+            take: Leave None in ``.grad``.
+            copy: Work on copies.
 
         Returns:
             False if the lists are outdated because a parameter has other storage than when they
@@ -197,13 +94,12 @@ class StepEngine:
         """
         taken: list[tuple[TensorList, Gradients]] = []
         try:
-            for tensors in self.lists:
-                gradients = tensors.reader.read(
-                    take=not keep, copy=keep, writes=self._writes_first_gradients(tensors)
-                )
+            for tensors in self.lists.lists:
+                writes = self._writes_first_gradients(tensors)
+                gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
                 taken.append((tensors, gradients))
             if all(grad is None for _, gradients in taken for grad in gradients.tensors):
-                count = sum(len(tensors.params) for tensors in self.lists)
+                count = sum(len(tensors.params) for tensors in self.lists.lists)
                 raise RuntimeError(
                     f"none of the {count} parameters has a gradient; call backward() before"
                 )
@@ -213,161 +109,265 @@ class StepEngine:
         if any(gradients.moved for _, gradients in taken):
             _give_back(taken)
             return False
+        self.known, self.knows_dot = set(), False
         for tensors, gradients in taken:
-            tensors.grads[0], tensors.grad_dtype = gradients.tensors, gradients.dtype
-            tensors.first_addresses = gradients.addresses.clone()
-            BACKENDS[tensors.key.backend].bind(tensors, 0, gradients.addresses)
+            tensors.grad_dtype = gradients.dtype
+            self._bind(tensors, 0, gradients)
+        self.read = 1
         return True
+
+    def read_next(self, *, take: bool = False, copy: bool = False) -> None:
+        """Take over the gradients at the point where the parameters are.
+
+        Args:
+            take: Leave None in ``.grad``.
+            copy: Work on copies.
+
+        Raises:
+            RuntimeError: A gradient has overwritten an earlier one, or a parameter has changed.
+            TypeError: A gradient is sparse or complex.
+        """
+        for tensors in self.lists.lists:
+            # The rule `none` writes h and d over the gradients.
+            writes = self.read == 1 and tensors.key.rule == BaseRule.NONE
+            gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
+            for earlier in tensors.addresses:
+                check_not_overwritten(tensors.params, earlier, gradients.addresses)
+            if gradients.moved:
+                self._follow_storage(tensors, same_layout=True)
+            self._bind(tensors, self.read, gradients)
+            if gradients.dtype != tensors.grad_dtype:
+                self.widen_gradients(tensors)
+        self.read += 1
+
+    def _bind(self, tensors: TensorList, evaluation: int, gradients: Gradients) -> None:
+        tensors.grads[evaluation] = gradients.tensors
+        tensors.addresses.append(gradients.addresses.clone())
+        BACKENDS[tensors.key.backend].bind(tensors, evaluation, gradients.addresses)
 
     def _writes_first_gradients(self, tensors: TensorList) -> bool:
         """Whether h or a copy of w take the memory of g1."""
         key = tensors.key
         return key.rule == BaseRule.NONE or (key.has_backup and self._reuse_first_gradient)
 
-    def perturb(self) -> None:
-        """Form the norm of the gradients at w and move to the ascent point."""
-        self._reduce(0)
-        self.pending = True
-        for tensors, backend in self._with_backends():
-            if tensors.key.has_backup:
-                tensors.make_backups(self._reuse_first_gradient)
-            backend.perturb(tensors)
-
-    def update(self, rows: list[GroupRow], rates: list[Tensor | None], evaluations: int) -> None:
-        """Take the gradients at the ascent point, restore w and update it."""
-        for tensors, backend in self._with_backends():
-            # The rule `none` writes h and d over the gradients.
-            gradients = tensors.reader.read(writes=tensors.key.rule == BaseRule.NONE)
-            check_not_overwritten(tensors.params, tensors.first_addresses, gradients.addresses)
-            if gradients.moved:
-                self._follow_storage(tensors, same_layout=True)
-            tensors.grads[1] = gradients.tensors
-            backend.bind(tensors, 1, gradients.addresses)
-            if gradients.dtype != tensors.grad_dtype:
-                self._widen_gradients(tensors)
-        self.set_rows(_with_the_perturbation_of(self.primary.rows, rows), rates)
-        if self._check_second:
-            self._reduce(1)
-        first = True
-        for tensors, backend in self._with_backends():
-            backend.update(
-                tensors,
-                tensors.key.rule,
-                evaluations,
-                check_second=self._check_second,
-                count_skipped=first,
-            )
-            first = False
-        if self._foreign is not None:
-            self._step_foreign(rows, rates, evaluations)
-        self._finish()
-
-    def _widen_gradients(self, tensors: TensorList) -> None:
-        """Give the gradients of two evaluations that came in two dtypes the parameters' dtype."""
+    def widen_gradients(self, tensors: TensorList) -> None:
+        """Give gradients of several evaluations that came in several dtypes that of parameters."""
         dtype = tensors.key.dtype
         wide = []  # all that can fail comes before anything changes
-        for evaluation in range(2):
-            pairs = zip(tensors.params, tensors.grads[evaluation], strict=True)
-            grads = [walkable(param, grad, dtype) for param, grad in pairs]
-            wide.append((grads, addresses_of(grads)))
+        for grads in tensors.grads[: len(tensors.addresses)]:
+            pairs = zip(tensors.params, grads, strict=True)
+            same = [walkable(param, grad, dtype) for param, grad in pairs]
+            wide.append((same, addresses_of(same)))
         tensors.grad_dtype = dtype
         for evaluation, (grads, addresses) in enumerate(wide):
             tensors.grads[evaluation] = grads
             BACKENDS[tensors.key.backend].bind(tensors, evaluation, addresses)
 
+    # ---- the operations ----------------------------------------------------------------------
+
+    def reduce(self, evaluation: int, *, with_first: bool = False) -> None:
+        """Form the norm of the gradients of one evaluation, and their dot product with g1."""
+        begun = set()
+        for tensors, backend in self.lists:
+            backend.reduce(
+                tensors,
+                evaluation,
+                with_first=with_first,
+                accumulate=tensors.key.device in begun,
+            )
+            begun.add(tensors.key.device)
+        self.lists.sum_over_devices(_SLOTS[evaluation])
+        if with_first:
+            self.lists.sum_over_devices(_DOT)
+            self.knows_dot = True
+        self.known.add(evaluation)
+
+    def move_to(self, target: Point) -> None:
+        """Move the parameters to another point.
+
+        Autograd has been told by whoever read gradients just before; else see
+        :meth:`tell_autograd`.
+        """
+        leaves = self.at == Point.WEIGHTS
+        self.at = target  # should it fail half-way, some are there
+        for tensors, backend in self.lists:
+            if tensors.key.has_backup or target == Point.PROBE:
+                if leaves:
+                    reuse = self._reuse_first_gradient and target != Point.PROBE
+                    tensors.make_backups(reuse)
+                elif tensors.backups is None:
+                    continue  # it failed before this list was moved
+            backend.perturb(tensors, target)
+        if target == Point.WEIGHTS:
+            for tensors in self.lists.lists:
+                tensors.backups = None
+
+    def tell_autograd(self) -> None:
+        """Let autograd know that what it saved of the parameters is about to be outdated."""
+        for tensors in self.lists.lists:
+            increment_version(tensors.params)
+
+    def probe(self, seed: int) -> None:
+        """Move the parameters along noise, without a gradient.
+
+        Args:
+            seed: What the noise follows from, a whole number below 2^53.
+        """
+        for tensors, backend in self.lists:
+            tensors.shared.scalars[Slot.SEED].fill_(seed)
+            none = torch.zeros(len(tensors.params), dtype=torch.int64, device="cpu")
+            backend.bind(tensors, 0, none)
+        self.tell_autograd()
+        self.move_to(Point.PROBE)
+
+    def leave_probe(self) -> None:
+        """Move them back."""
+        self.tell_autograd()
+        self.move_to(Point.WEIGHTS)
+
+    def update(
+        self,
+        rows: list[GroupRow],
+        rates: list[Tensor | None],
+        method: Sequence[Row],
+        *,
+        required: int,
+        keep_point: bool = False,
+    ) -> None:
+        """Restore w and update it with the gradients that have been read.
+
+        Args:
+            rows: One per group.
+            rates: Learning rates that only a device knows.
+            method: The method's rows, one per group.
+            required: Bit k: a parameter that has no gradient k + 1 is not updated.
+            keep_point: Start from where the parameters are and not from w.
+        """
+        if self.at != Point.WEIGHTS:
+            rows = with_the_perturbation_of(self.lists.primary.rows, rows)
+        self._set_rows(rows, rates)
+        self.derive(rows, method)
+        self._apply(required=required, keep_point=keep_point)
+        if self.foreign is not None:
+            self._step_foreign(self.foreign, rows, rates, required)
+        self.finish()
+
+    def derive(
+        self, rows: list[GroupRow], method: Sequence[Row], shares: Sequence[float] | None = None
+    ) -> None:
+        """Form the norms that are asked for, and the coefficients that depend on them.
+
+        Args:
+            rows: One per group.
+            method: The method's rows, one per group.
+            shares: Factors of the coefficients, one per group; 1 by default.
+        """
+        derives = any(row.derive is not None for row in method)
+        needs_dot = any(row.needs_dot for row in method)
+        for evaluation in range(self.read):
+            if evaluation not in self.known and (self._check_all or derives):
+                self.reduce(evaluation, with_first=needs_dot and evaluation == 1)
+        if derives:
+            for shared in self.lists.shared.values():
+                foreign = self.foreign is not None
+                found = derived(shared.scalars, rows, method, foreign=foreign)
+                if shares is not None:
+                    pairs = zip(found, shares, strict=True)
+                    found = [{n: each * c for n, c in row.items()} for row, each in pairs]
+                shared.set_derived(found)
+
+    def _set_rows(self, rows: list[GroupRow], rates: list[Tensor | None]) -> None:
+        self.lists.set_rows(rows)
+        for shared in self.lists.shared.values():
+            shared.set_learning_rates(rates)
+
+    def _apply(self, *, required: int, keep_point: bool = False) -> None:
+        first = True
+        for tensors, backend in self.lists:
+            backend.update(
+                tensors,
+                tensors.key.rule,
+                self.read,
+                required=required,
+                checked=sum(1 << evaluation for evaluation in self.known),
+                keep_point=keep_point,
+                count_skipped=first,
+            )
+            first = False
+        self.at = Point.WEIGHTS
+
     def _step_foreign(
-        self, rows: list[GroupRow], rates: list[Tensor | None], evaluations: int
+        self,
+        foreign: Optimizer,
+        rows: list[GroupRow],
+        rates: list[Tensor | None],
+        required: int,
     ) -> None:
         """Step the base optimizer with h, then subtract lr * d; the rule `none` left h and d."""
-        assert self._foreign is not None
-        params = [param for tensors in self.lists for param in tensors.params]
+        params = [param for tensors in self.lists.lists for param in tensors.params]
         h = [
-            grad if tensors.has_all(i, evaluations) else None
-            for tensors in self.lists
-            for i, grad in enumerate(tensors.grads[0])
+            _first_of(tensors, i) if tensors.has_gradients(i, required) else None
+            for tensors in self.lists.lists
+            for i in range(len(tensors.params))
         ]
         with gradients_for_step(params, h):
             # The one place that waits for the device: a foreign step cannot be skipped on it.
-            if not bool(torch.isfinite(self.primary.scalars[: Slot.SKIPPED]).all()):
+            slots = [self.scalars[_SLOTS[evaluation]] for evaluation in self.known]
+            if slots and not bool(torch.isfinite(torch.cat(slots)).all()):
                 return
-            self._foreign.step()
+            foreign.step()
         if not any(any(row.d) for row in rows):
             return
         plain = {"sign": 1.0, "h1": 0.0, "h2": 1.0, "h3": 0.0, "d1": 0.0, "d2": 0.0, "d3": 0.0}
-        self.set_rows([row._replace(**plain, max_norm=-1.0) for row in rows], rates)
-        for tensors, backend in self._with_backends():
+        self._set_rows([row._replace(**plain, max_norm=-1.0) for row in rows], rates)
+        for tensors, backend in self.lists:
             if tensors.reader.moved():  # some optimizers rebind `.data`
                 self._follow_storage(tensors, same_layout=True)
             backend.update(
                 tensors,
                 BaseRule.SGD,
-                evaluations,
-                check_second=self._check_second,
+                self.read,
+                required=required,
+                checked=0,  # it would not have come here
+                keep_point=False,
                 count_skipped=False,
             )
 
+    # ---- the end -----------------------------------------------------------------------------
+
     def abandon(self) -> None:
-        """Put the weights back if they are perturbed, and forget the step."""
+        """Put the weights back if they are somewhere else, and forget the step."""
         try:
-            if self.pending:
-                for tensors, backend in self._with_backends():
-                    if tensors.key.has_backup and tensors.backups is None:
-                        continue  # it failed before this list was perturbed
+            if self.at != Point.WEIGHTS:
+                for tensors in self.lists.lists:
                     if tensors.reader.moved():
                         self._follow_storage(tensors, same_layout=False)
-                    backend.perturb(tensors, undo=True)
+                self.tell_autograd()
+                self.move_to(Point.WEIGHTS)
         finally:
-            self._finish()
+            self.finish()
 
-    def _finish(self) -> None:
-        self.pending = False
-        for tensors in self.lists:
+    def finish(self) -> None:
+        """Forget the gradients and the copies of a step."""
+        self.at = Point.WEIGHTS
+        self.read = 0
+        for tensors in self.lists.lists:
             tensors.release()
 
-    def _reduce(self, evaluation: int) -> None:
-        begun = set()
-        for tensors, backend in self._with_backends():
-            backend.reduce(tensors, evaluation, accumulate=tensors.key.device in begun)
-            begun.add(tensors.key.device)
-        if len(self._shared) > 1:  # the norm is over all devices
-            used = slice(0, 2) if evaluation == 0 else slice(2, 3)
-            home = self.primary.scalars.device
-            total = sum(shared.scalars[used].to(home) for shared in self._shared.values())
-            for shared in self._shared.values():
-                shared.scalars[used].copy_(total)  # type: ignore[arg-type]
-
     def _follow_storage(self, tensors: TensorList, *, same_layout: bool) -> None:
-        stale = self.stale or tensors.reader.layouts() != tensors.reader.noted_layouts
-        self.stale = True  # should it fail
+        stale = self.lists.stale or tensors.reader.layouts() != tensors.reader.noted_layouts
+        self.lists.stale = True  # should it fail
         follow_storage(tensors, same_layout=same_layout)
-        self.stale = stale
+        self.lists.stale = stale
         BACKENDS[tensors.key.backend].refresh(tensors)
 
-    def _with_backends(self) -> Iterator[tuple[TensorList, Backend]]:
-        for tensors in self.lists:
-            yield tensors, BACKENDS[tensors.key.backend]
 
-
-def _updates_so_far(rule: BaseRule, entry: Mapping[str, Any], known: float | None) -> float:
-    """How often a parameter has been updated; for momentum it matters only whether at all."""
-    if rule.keeps_step:
-        return float(entry.get("step", 0.0))
-    if rule == BaseRule.MOMENTUM and entry.get("momentum_buffer") is not None:
-        return 1.0 if known is None else known
-    return 0.0
+def _first_of(tensors: TensorList, index: int) -> Tensor | None:
+    """Where the rule `none` has written h for a parameter."""
+    g1 = tensors.grads[0][index]
+    return tensors.grads[1][index] if g1 is None else g1
 
 
 def _give_back(taken: Sequence[tuple[TensorList, Gradients]]) -> None:
     for tensors, gradients in taken:
         tensors.reader.give_back(gradients.tensors)
-
-
-def _with_the_perturbation_of(before: list[GroupRow], rows: list[GroupRow]) -> list[GroupRow]:
-    """Return ``rows`` with the radius that the weights were perturbed with: the restore needs it.
-
-    Raises:
-        RuntimeError: ``maximize`` was changed meanwhile.
-    """
-    if [row.sign for row in rows] != [row.sign for row in before]:
-        raise RuntimeError("maximize was changed while the weights are perturbed")
-    return [row._replace(rho=old.rho) for row, old in zip(rows, before, strict=True)]

@@ -8,11 +8,16 @@ from typing import Any
 from wsam_fused.arguments import host_number, number
 from wsam_fused.base_rules import BaseRule, device_learning_rate, hyper_of
 from wsam_fused.plan import GroupRow
-from wsam_fused.row import Row
+from wsam_fused.row import DERIVED, Row
 
 
 def group_row(
-    group: Mapping[str, Any], rule: BaseRule, row: Row, rho: Any, eps: float, max_norm: float
+    group: Mapping[str, Any],
+    rule: BaseRule,
+    row: Row,
+    own: Mapping[str, Any],
+    eps: float,
+    max_norm: float,
 ) -> GroupRow:
     """Return the columns of the group table for one group.
 
@@ -20,18 +25,21 @@ def group_row(
         group: The group, with the keys of the base optimizer.
         rule: Its base rule.
         row: The method's coefficients for this group.
-        rho: The group's radius.
-        eps: Added to the norm that rho is divided by.
+        own: The method's hyper-parameters in this group; those that say where the points of a step
+            are (``rho``, ``rho_min``, ``delta``, ``eta``) have columns of their own.
+        eps: Added to the norm that the radii are divided by.
         max_norm: Clipping threshold of each gradient's norm; negative is none.
     """
     sign = -1.0 if group.get("maximize") else 1.0
     # The kernels multiply h by the sign; a foreign optimizer does it itself, so take it out.
-    undo = sign if rule == BaseRule.NONE else 1.0
-    h1, h2, h3 = row.h
-    h = (undo * h1, undo * h2, undo * h3)
-    return GroupRow(
-        host_number("rho", rho), eps, max_norm, sign, *h, *row.d, *hyper_of(rule, group)
-    )
+    undo = -1.0 if rule == BaseRule.NONE and sign < 0 else 1.0
+    h1, h2, h3 = (c if c is DERIVED else undo * c for c in row.h)
+
+    def place(name: str) -> float:
+        return host_number(name, own.get(name, 0.0))
+
+    places = place("rho"), place("rho_min"), place("delta"), place("eta")
+    return GroupRow(*places, eps, max_norm, sign, h1, h2, h3, *row.d, *hyper_of(rule, group))
 
 
 def check_values(group: Mapping[str, Any]) -> None:

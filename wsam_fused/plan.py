@@ -31,12 +31,16 @@ class TableRow(IntEnum):
     OFFSET = 8
     SIZE = 9
     GROUP = 10
+    KEY = 11
 
 
 class GroupRow(NamedTuple):
     """What a parameter group contributes to a step; the order is that of ``csrc/plan.h``."""
 
     rho: float
+    rho_descent: float
+    delta: float
+    eta: float
     ascent_eps: float
     max_norm: float
     sign: float
@@ -71,18 +75,31 @@ class Slot(IntEnum):
     METRIC_SQ = 0
     GRAD1_SQ = 1
     GRAD2_SQ = 2
-    SKIPPED = 3
+    GRAD3_SQ = 3
+    DOT12 = 4
+    SKIPPED = 5
+    SEED = 6
 
 
 class Geometry(IntEnum):
-    """The metric of the perturbation."""
+    """The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2)."""
 
-    EUCLIDEAN = 0
-    ADAPTIVE = 1
+    EUCLIDEAN = 0  # 1
+    ADAPTIVE = 1  # (|w| + eta)^2
+    FISHER = 2  # 1 / (1 + eta g1^2)
+
+
+class Point(IntEnum):
+    """Where the parameters are."""
+
+    WEIGHTS = 0  # w
+    ASCENT = 1  # w + e
+    DESCENT = 2  # w - e of the radius rho_descent
+    PROBE = 3  # w + delta z, z noise of -1 and 1
 
 
 ALIGNMENT = 64
-FLAGS = 2  # is the list perturbed?, and a counter of the GPU kernels
+FLAGS = 2  # the point where the list is, and a counter of the GPU kernels
 LAYOUT = [len(TableRow), len(GroupRow._fields), len(Slot), FLAGS, ALIGNMENT]
 
 
@@ -105,6 +122,7 @@ class PointerTable:
     Args:
         sizes: Elements of each tensor.
         groups: Parameter group of each tensor.
+        keys: Which parameter of the optimizer each tensor is.
         chunk_size: Elements per chunk, a multiple of ``ALIGNMENT``.
         device: Where the kernels run; all tensors of the table are there.
 
@@ -118,7 +136,12 @@ class PointerTable:
     """
 
     def __init__(
-        self, sizes: Sequence[int], groups: Sequence[int], chunk_size: int, device: torch.device
+        self,
+        sizes: Sequence[int],
+        groups: Sequence[int],
+        keys: Sequence[int],
+        chunk_size: int,
+        device: torch.device,
     ) -> None:
         ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
         offsets, self.total = [0, *ends[:-1]], ends[-1]
@@ -133,6 +156,7 @@ class PointerTable:
         table[TableRow.OFFSET] = self.offsets
         table[TableRow.SIZE] = host_integers(sizes)
         table[TableRow.GROUP] = host_integers(groups)
+        table[TableRow.KEY] = host_integers(keys)
         self.table = table.to(device)
         self.chunks = host_integers(first_tensor).to(device)
         self.partials = torch.zeros(2 * len(first_tensor), dtype=torch.float64, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from wsam_fused.plan import GroupRow, Slot
 from wsam_fused.upload import Upload
 
-_LR = GroupRow._fields.index("lr")
+_COLUMN = {name: index for index, name in enumerate(GroupRow._fields)}
+_LR = _COLUMN["lr"]
 
 
 class SharedScalars:
@@ -18,7 +20,7 @@ class SharedScalars:
 
     Attributes:
         scalars: float64, see :class:`~wsam_fused.plan.Slot`.
-        rows: One row per parameter group, on the host.
+        rows: One row per parameter group, on the host; NaN where only the device knows a value.
         groups: The same as a float64 tensor on the device.
     """
 
@@ -48,11 +50,17 @@ class SharedScalars:
             if rate is not None:
                 self.groups[index, _LR].copy_(rate.reshape(()), non_blocking=True)
 
+    def set_derived(self, derived: Sequence[Mapping[str, Tensor]]) -> None:
+        """Copy values that live on a device into the table, one mapping by column per group."""
+        for index, columns in enumerate(derived):
+            for name, value in columns.items():
+                self.groups[index, _COLUMN[name]].copy_(value, non_blocking=True)
+
     def is_captured(self) -> bool:
         """Whether a CUDA graph writes the group table at its replays."""
         return self._upload.is_captured()
 
-    def learning_rate(self, group: int) -> float | Tensor:
-        """Return the rate of a group: a scalar on the device if the host does not know it."""
-        rate = self.rows[group].lr
-        return self.groups[group, _LR] if math.isnan(rate) else rate
+    def value(self, group: int, column: str) -> float | Tensor:
+        """Return an entry of the table: a scalar on the device if the host does not know it."""
+        found: float = getattr(self.rows[group], column)
+        return self.groups[group, _COLUMN[column]] if math.isnan(found) else found

@@ -30,7 +30,7 @@ def follow_storage(tensors: TensorList, *, same_layout: bool) -> None:
                 f"{tensors.key.device}; change parameters between steps"
             )
     if tensors.reader.layouts() != tensors.reader.noted_layouts:
-        pairs = list(zip(tensors.params, tensors.grads[0], strict=True))
+        pairs = list(zip(tensors.params, tensors.grads[0], strict=False))  # none before a backward
         tensors.grads[0] = [walkable(p, g, tensors.grad_dtype) for p, g in pairs]
         if tensors.backups is not None:
             copies = zip(tensors.params, tensors.backups.tensors(), strict=True)

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wsam_fused.engine import StepEngine
 from wsam_fused.plan import Slot
 
 
 class LastStep:
     """Figures of the last completed step, as scalars on the device of the parameters.
 
-    Reading one is lazy and launches at most one small operation; nothing waits for the device
-    until the value is used on the host. The norm is that of the step in progress while there is
-    one.
+    Reading one is lazy and launches at most a few small operations; nothing waits for the device
+    until the value is used on the host. Norms are those of the step in progress while there is
+    one. What a step did not form for its own sake is None.
 
     Attributes:
         loss: Loss at the weights; None unless the step was given a closure.
@@ -25,7 +26,12 @@ class LastStep:
     def __init__(self) -> None:
         self.loss: Tensor | None = None
         self.perturbed_loss: Tensor | None = None
-        self.sums: Tensor | None = None
+        self._engine: StepEngine | None = None
+
+    def begin(self, engine: StepEngine) -> None:
+        """Forget the losses, and read what the engine knows of the step."""
+        self.loss = self.perturbed_loss = None
+        self._engine = engine
 
     def set_losses(self, loss: Any, perturbed_loss: Any) -> None:
         """Keep the losses that a closure returned, if they are scalars."""
@@ -41,8 +47,31 @@ class LastStep:
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of g1 over all parameters, before clipping; float64 scalar, None before a step."""
-        return None if self.sums is None else self.sums[Slot.GRAD1_SQ].sqrt()
+        """Norm of g1 over all parameters, before clipping; float64 scalar."""
+        return self._norm(0)
+
+    @property
+    def second_grad_norm(self) -> Tensor | None:
+        """Norm of g2, before clipping; float64 scalar."""
+        return self._norm(1)
+
+    @property
+    def third_grad_norm(self) -> Tensor | None:
+        """Norm of g3, before clipping; float64 scalar."""
+        return self._norm(2)
+
+    @property
+    def cosine(self) -> Tensor | None:
+        """Cosine of the angle between g1 and g2; float64 scalar, NaN where one of them is 0."""
+        if self._engine is None or not self._engine.knows_dot:
+            return None
+        sums = self._engine.scalars
+        return sums[Slot.DOT12] / (sums[Slot.GRAD1_SQ] * sums[Slot.GRAD2_SQ]).sqrt()
+
+    def _norm(self, evaluation: int) -> Tensor | None:
+        if self._engine is None or evaluation not in self._engine.known:
+            return None
+        return self._engine.scalars[Slot.GRAD1_SQ + evaluation].sqrt()
 
 
 def _scalar(value: Any) -> Tensor | None:

@@ -38,22 +38,25 @@ class TensorList:
         key: What they have in common.
         params: The parameters.
         groups: Parameter group of each.
+        keys: Which parameter of the optimizer each is.
         shared: The scalars of their device.
         states: A list of tensors per state key of the base rule, float32 or wider.
         steps: float32 ``[n]``, updates each parameter has had.
         grad_dtypes: Dtypes of gradients, besides the parameters' own, that the backend reads.
-        flags: float64; the first says whether the list is perturbed.
+        flags: float64; the first says at which point the list is.
         grads: g1, g2, g3, all of ``grad_dtype``; an empty list where not evaluated, None for a
             missing gradient.
         grad_dtype: Dtype of the gradients of the step in progress.
-        first_addresses: int64 ``[n]`` on the host, where g1 was read; 0 for a missing gradient.
-        backups: Copies of w while perturbed, None otherwise.
+        addresses: int64 ``[n]`` on the host for each evaluation read: where its gradients are, 0
+            for a missing one.
+        backups: Copies of w while the list is at another point, None otherwise.
         table: The addresses of all these, if the backend's kernels need them.
     """
 
     key: ListKey
     params: list[Tensor]
     groups: list[int]
+    keys: list[int]
     shared: SharedScalars
     states: list[list[Tensor]]
     steps: Tensor
@@ -61,7 +64,7 @@ class TensorList:
     flags: Tensor = field(init=False)
     grads: list[list[Tensor | None]] = field(init=False)
     grad_dtype: torch.dtype = field(init=False)
-    first_addresses: Tensor = field(init=False)
+    addresses: list[Tensor] = field(init=False, default_factory=list)
     backups: Backups | None = None
     table: PointerTable | None = None
 
@@ -90,11 +93,12 @@ class TensorList:
     def release(self) -> None:
         """Drop what lives only inside a step."""
         self.grads = [[], [], []]
+        self.addresses = []
         self.backups = None
 
-    def has_all(self, index: int, evaluations: int) -> bool:
-        """Whether parameter ``index`` has a gradient from every evaluation."""
-        return all(self.grads[k][index] is not None for k in range(evaluations))
+    def has_gradients(self, index: int, required: int) -> bool:
+        """Whether parameter ``index`` has gradient k + 1 for every bit k of ``required``."""
+        return all(self.grads[k][index] is not None for k in range(3) if required >> k & 1)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

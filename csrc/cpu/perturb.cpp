@@ -1,14 +1,17 @@
-// perturb_: p <- fma(s, M(w) g1, w) with s = sign * rho / (norm + eps), or the way back.
+// perturb_: from the point where the parameters are (flags[kAt]) to the point `target`.
+//
+//   p <- fma(s, M(w, g1) g1, w) or w + delta z, and back to w; see Point and scale_at()
 //
 // operand  row      access
 // p        kParam   read and written
-// g1       kGrad1   read           a tensor whose address is 0 is left alone
-// backup   kBackup  only with has_backup, else w is recomputed as fma(-s, g1, p); written, and
-//                   read on the way back. May be g1's own memory where the method does not need g1
+// g1       kGrad1   read; not for the probe. A tensor whose address is 0 is left alone
+// backup   kBackup  only with has_backup, else w is recomputed as fma(-s, g1, p); written where w
+// is
+//                   left, read afterwards. May be g1's own memory where the method does not need g1
 //                   any more.
 //
-// Moves 3 elements per parameter, 4 with a backup. A norm that is not finite leaves the list alone.
-// flags[kPerturbed] says afterwards what is in p; the way back does nothing where it is 0.
+// Moves 3 elements per parameter, 4 where a backup is written. A norm that is not finite leaves the
+// list alone: flags[kAt] says afterwards where it is.
 #include <torch/csrc/stable/library.h>
 
 #include "restore.h"
@@ -16,19 +19,26 @@
 namespace wsam_fused {
 namespace {
 
-template <typename T, Geometry geometry, bool keep_backup>
-struct PerturbLoop {
-  using Args = PerturbArgs<T>;
+// Where w comes from.
+enum class Source { kInPlace, kInPlaceKept, kRecomputed, kBackup };
+
+template <typename T, Geometry geometry, Source source>
+struct MoveLoop {
+  using Args = MoveArgs<T>;
   static WSAM_HOST_DEVICE void run(const Args& args) {
     T* const p = args.p;
     const T* const g1 = args.g1;
     T* const backup = args.backup;
     const int64_t count = args.count;
-    const T scale = args.scale;
+    const T from = args.from, to = args.to, eta = args.eta;
+    const uint32_t noise = args.noise, first_word = args.first_word;
     const auto element = [=](int64_t i) __attribute__((always_inline)) {
-      const T w = p[i];
-      p[i] = perturbed<geometry>(w, g1[i], scale);
-      if constexpr (keep_backup) backup[i] = w;
+      const T g = geometry == kNoise ? noise_at<T>(noise, first_word, uint32_t(i)) : g1[i];
+      const T w = source == Source::kBackup       ? backup[i]
+                  : source == Source::kRecomputed ? recomputed(p[i], g, from)
+                                                  : p[i];
+      p[i] = perturbed<geometry>(w, g, to, eta);
+      if constexpr (source == Source::kInPlaceKept) backup[i] = w;
     };
     // Two places at once: more of the memory's latency is hidden than by one.
     const int64_t half = count / 2;
@@ -41,43 +51,63 @@ struct PerturbLoop {
   }
 };
 
-template <typename T>
-auto chosen_loop(int64_t geometry, bool undo, bool has_backup) {
-  if (undo) return chosen_restore_loop<T>(has_backup);
-  if (geometry == kAdaptive) return CompiledLoop<PerturbLoop<T, kAdaptive, true>>::choose();
-  return has_backup ? CompiledLoop<PerturbLoop<T, kEuclidean, true>>::choose()
-                    : CompiledLoop<PerturbLoop<T, kEuclidean, false>>::choose();
+template <typename T, Source source>
+auto chosen_move_loop(int64_t geometry) {
+  if constexpr (source == Source::kInPlaceKept || source == Source::kBackup) {
+    if (geometry == kAdaptive) return CompiledLoop<MoveLoop<T, kAdaptive, source>>::choose();
+    if (geometry == kFisher) return CompiledLoop<MoveLoop<T, kFisher, source>>::choose();
+  }
+  if constexpr (source == Source::kInPlaceKept) {
+    if (geometry == kNoise) return CompiledLoop<MoveLoop<T, kNoise, source>>::choose();
+  }
+  return CompiledLoop<MoveLoop<T, kEuclidean, source>>::choose();
 }
 
 template <typename T>
-void perturb_list(const Plan& plan, const double* groups, double metric_sq, int64_t geometry,
-                  bool undo, bool has_backup) {
-  const auto loop = chosen_loop<T>(geometry, undo, has_backup);
+auto chosen_loop(int64_t geometry, Point at, Point target, bool has_backup) {
+  if (target == kWeights) return chosen_restore_loop<T>(has_backup);
+  if (at == kWeights) {
+    return has_backup ? chosen_move_loop<T, Source::kInPlaceKept>(geometry)
+                      : chosen_move_loop<T, Source::kInPlace>(geometry);
+  }
+  return has_backup ? chosen_move_loop<T, Source::kBackup>(geometry)
+                    : chosen_move_loop<T, Source::kRecomputed>(geometry);
+}
+
+template <typename T>
+void move_list(const Plan& plan, const double* groups, const double* scalars, int64_t geometry,
+               Point at, Point target, bool has_backup) {
+  const bool by_noise = at == kProbe || target == kProbe;  // which moves every tensor
+  const auto loop =
+      chosen_loop<T>(target == kProbe ? int64_t(kNoise) : geometry, at, target, has_backup);
   for_each_chunk(plan, [&](int64_t chunk) {
     for_each_segment(plan, chunk, [&](int64_t tensor, int64_t begin, int64_t end) {
       const T* g1 = segment<T>(plan, kGrad1, tensor, begin);
-      if (!g1) return;
+      if (!g1 && !by_noise) return;
       const double* group = groups + plan.at(kGroup, tensor) * kGroupColumns;
       T* backup = has_backup ? segment<T>(plan, kBackup, tensor, begin) : nullptr;
       loop({segment<T>(plan, kParam, tensor, begin), g1, backup, end - begin,
-            ascent_scale<T>(metric_sq, group)});
+            scale_at<T>(at, scalars, group), scale_at<T>(target, scalars, group), T(group[kEta]),
+            noise_of_tensor(scalars[kSeed], plan.at(kKey, tensor)), uint32_t(begin >> 5)});
     });
   });
 }
 
 void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
              ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, int64_t geometry,
-             bool has_backup, bool undo) {
+             bool has_backup, int64_t target) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   const double* const group_rows = checked_groups(groups);
-  const double metric_sq = checked_doubles(scalars, "scalars", kScalarSlots)[kMetricSq];
+  const double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
   check_geometry(geometry, has_backup);
-  if (undo != (flag[kPerturbed] != 0) || !is_finite(metric_sq)) return;
+  check_point(target, has_backup);
+  const Point at = Point(int(flag[kAt]));
+  if (!can_move(at, Point(target), scalar)) return;
   with_dtype(dtype, grad_dtype, [&](auto zero) {
-    perturb_list<decltype(zero)>(plan, group_rows, metric_sq, geometry, undo, has_backup);
+    move_list<decltype(zero)>(plan, group_rows, scalar, geometry, at, Point(target), has_backup);
   });
-  flag[kPerturbed] = undo ? 0.0 : 1.0;
+  flag[kAt] = double(target);
 }
 
 }  // namespace

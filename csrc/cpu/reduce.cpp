@@ -1,17 +1,18 @@
-// reduce: sums of squares of one gradient list, in float64, into the scalars.
+// reduce: two sums over one gradient list, in float64, into the scalars.
 //
-//   scalars[kMetricSq] = sum M(w) g^2     only for the first gradient
-//   scalars[kGrad1Sq or kGrad2Sq] = sum g^2
+//   first gradient    scalars[kMetricSq] = sum M(w, g) g^2,   scalars[kGrad1Sq] = sum g^2
+//   others            scalars[kDot12] = sum g1 g (with_first), scalars[kGrad2Sq or 3] = sum g^2
 //
 // or += for further lists (accumulate).
 //
 // operand   row               access
-// gradient  kGrad1 or kGrad2  read     a tensor whose address is 0 is left out
+// gradient  kGrad1..kGrad3    read     a tensor whose address is 0 is left out
 // w         kParam            read     only for the adaptive geometry
+// g1        kGrad1            read     only with_first; likewise
 //
-// Moves 1 element per parameter (2 for the adaptive geometry). Deterministic for any number of
-// threads: a fixed number of lanes per segment, one partial sum per chunk, added in the order of
-// the chunks.
+// Moves 1 element per parameter, 2 for the adaptive geometry or with_first. Deterministic for any
+// number of threads: a fixed number of lanes per segment, one pair of partial sums per chunk, added
+// in the order of the chunks.
 #include <torch/csrc/stable/library.h>
 
 #include "../math.h"
@@ -21,15 +22,19 @@ namespace wsam_fused {
 namespace {
 
 struct Sums {
-  double metric_sq = 0, plain_sq = 0;
+  double first = 0, plain_sq = 0;
 };
 
-template <typename T, Geometry geometry>
+// What the first of the two sums is of.
+enum class Pairing { kNone, kAdaptive, kFisher, kWithFirst };
+
+template <typename T, Pairing pairing>
 struct ReduceLoop {
   struct Args {
     const T* g;
-    const T* w;
+    const T* other;  // w or g1
     int64_t count;
+    double eta;
     Sums* sums;
   };
 
@@ -37,84 +42,112 @@ struct ReduceLoop {
   static WSAM_HOST_DEVICE void run(const Args& args) {
     constexpr int kStreams = 4, kWidth = 8, kLanes = kStreams * kWidth;
     const T* const g = args.g;
-    const T* const w = args.w;
-    double metric_sq[kLanes] = {}, plain_sq[kLanes] = {};
+    const T* const other = args.other;
+    const double eta = args.eta;
+    double first[kLanes] = {}, plain_sq[kLanes] = {};
     const int64_t stretch = args.count / kLanes * kWidth;
     for (int64_t i = 0; i < stretch; i += kWidth) {
       for (int stream = 0; stream < kStreams; ++stream) {
         for (int lane = 0; lane < kWidth; ++lane) {
           const int64_t k = stream * stretch + i + lane;
           const int sum = stream * kWidth + lane;
-          add<geometry>(g[k], geometry == kEuclidean ? T(1) : w[k], metric_sq[sum], plain_sq[sum]);
+          add(g[k], kReadsOther ? other[k] : T(1), eta, first[sum], plain_sq[sum]);
         }
       }
     }
     const int64_t whole = kStreams * stretch;
     for (int64_t i = whole; i < args.count; ++i) {
-      add<geometry>(g[i], geometry == kEuclidean ? T(1) : w[i], metric_sq[i - whole],
-                    plain_sq[i - whole]);
+      add(g[i], kReadsOther ? other[i] : T(1), eta, first[i - whole], plain_sq[i - whole]);
     }
     for (int half = kLanes / 2; half > 0; half /= 2) {
       for (int lane = 0; lane < half; ++lane) {
-        metric_sq[lane] += metric_sq[lane + half];
+        first[lane] += first[lane + half];
         plain_sq[lane] += plain_sq[lane + half];
       }
     }
     args.sums->plain_sq += plain_sq[0];
-    args.sums->metric_sq += geometry == kEuclidean ? plain_sq[0] : metric_sq[0];
+    args.sums->first += pairing == Pairing::kNone ? plain_sq[0] : first[0];
   }
 
-  template <Geometry>
-  static WSAM_HOST_DEVICE void add(T g, T w, double& metric_sq, double& plain_sq) {
-    const double x = double(g);
+ private:
+  static constexpr bool kReadsOther =
+      pairing == Pairing::kAdaptive || pairing == Pairing::kWithFirst;
+
+  static WSAM_HOST_DEVICE void add(T g, T other, double eta, double& first, double& plain_sq) {
+    const double x = double(g), y = double(other);
     plain_sq = fused_multiply_add(x, x, plain_sq);
-    if constexpr (geometry != kEuclidean) {
-      metric_sq = fused_multiply_add(metric<geometry>(double(w)) * x, x, metric_sq);
+    if constexpr (pairing == Pairing::kWithFirst) {
+      first = fused_multiply_add(y, x, first);
+    } else if constexpr (pairing == Pairing::kAdaptive) {
+      first = fused_multiply_add(metric<kAdaptive>(y, x, eta) * x, x, first);
+    } else if constexpr (pairing == Pairing::kFisher) {
+      first = fused_multiply_add(metric<kFisher>(y, x, eta) * x, x, first);
     }
   }
 };
 
-template <typename T, Geometry geometry>
-void reduce_list(const Plan& plan, TableRow gradient, double* partials) {
-  using Loop = ReduceLoop<T, geometry>;
-  const auto loop = CompiledLoop<Loop>::choose();
+template <typename T, Pairing pairing>
+void reduce_list(const Plan& plan, const double* groups, TableRow gradient, double* partials) {
+  const auto loop = CompiledLoop<ReduceLoop<T, pairing>>::choose();
+  constexpr TableRow kOther = pairing == Pairing::kWithFirst ? kGrad1 : kParam;
   for_each_chunk(plan, [&](int64_t chunk) {
     Sums sums;
     for_each_segment(plan, chunk, [&](int64_t tensor, int64_t begin, int64_t end) {
-      const T* g = segment<T>(plan, gradient, tensor, begin);
-      if (!g) return;
-      loop({g, segment<T>(plan, kParam, tensor, begin), end - begin, &sums});
+      const T* const g = segment<T>(plan, gradient, tensor, begin);
+      const T* const other = segment<T>(plan, kOther, tensor, begin);
+      const double eta = groups[plan.at(kGroup, tensor) * kGroupColumns + kEta];
+      if (g && other) loop({g, other, end - begin, eta, &sums});
     });
-    partials[2 * chunk] = sums.metric_sq;
+    partials[2 * chunk] = sums.first;
     partials[2 * chunk + 1] = sums.plain_sq;
   });
 }
 
+Pairing pairing_of(int64_t gradient, int64_t geometry, bool with_first) {
+  if (gradient != kGrad1) return with_first ? Pairing::kWithFirst : Pairing::kNone;
+  if (geometry == kAdaptive) return Pairing::kAdaptive;
+  return geometry == kFisher ? Pairing::kFisher : Pairing::kNone;
+}
+
+template <typename T>
+void reduce_with(Pairing pairing, const Plan& plan, const double* groups, TableRow gradient,
+                 double* partials) {
+  switch (pairing) {
+    case Pairing::kAdaptive:
+      return reduce_list<T, Pairing::kAdaptive>(plan, groups, gradient, partials);
+    case Pairing::kFisher:
+      return reduce_list<T, Pairing::kFisher>(plan, groups, gradient, partials);
+    case Pairing::kWithFirst:
+      return reduce_list<T, Pairing::kWithFirst>(plan, groups, gradient, partials);
+    case Pairing::kNone:
+      return reduce_list<T, Pairing::kNone>(plan, groups, gradient, partials);
+  }
+}
+
 void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-            ScalarType grad_dtype, Tensor partials, Tensor scalars, Tensor /* flags */,
-            int64_t gradient, int64_t geometry, bool accumulate) {
+            ScalarType grad_dtype, Tensor groups, Tensor partials, Tensor scalars,
+            Tensor /* flags */, int64_t gradient, int64_t geometry, bool with_first,
+            bool accumulate) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
+  const double* const group_rows = checked_groups(groups);
   check_gradient(gradient);
   double* const partial = checked_doubles(partials, "partials", 2 * plan.chunks);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
+  const Pairing pairing = pairing_of(gradient, geometry, with_first);
   with_dtype(dtype, grad_dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (geometry == kAdaptive && gradient == kGrad1) {
-      reduce_list<T, kAdaptive>(plan, kGrad1, partial);
-    } else {
-      reduce_list<T, kEuclidean>(plan, TableRow(gradient), partial);
-    }
+    reduce_with<decltype(zero)>(pairing, plan, group_rows, TableRow(gradient), partial);
   });
   Sums total;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-    total.metric_sq += partial[2 * chunk];
+    total.first += partial[2 * chunk];
     total.plain_sq += partial[2 * chunk + 1];
   }
-  const auto store = [&](ScalarSlot slot, double sum) {
+  const auto store = [&](int slot, double sum) {
     scalar[slot] = accumulate ? scalar[slot] + sum : sum;
   };
-  if (gradient == kGrad1) store(kMetricSq, total.metric_sq);
-  store(gradient == kGrad1 ? kGrad1Sq : kGrad2Sq, total.plain_sq);
+  if (gradient == kGrad1) store(kMetricSq, total.first);
+  if (pairing == Pairing::kWithFirst) store(kDot12, total.first);
+  store(kGrad1Sq + int(gradient) - kGrad1, total.plain_sq);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The way back to w: used by perturb_ (undo) and by update_ for tensors that are not updated.
+// The way back to w: used by perturb_ and by update_ for tensors that are not updated.
 #pragma once
 
 #include "../math.h"
@@ -6,24 +6,27 @@
 
 namespace wsam_fused {
 
-// One segment of a perturbation or of its restore.
+// One segment of a move between two points.
 template <typename T>
-struct PerturbArgs {
+struct MoveArgs {
   T* p;
   const T* g1;
   T* backup;
   int64_t count;
-  T scale;
+  T from;  // scale of the point where p is
+  T to;    // scale of the point that it goes to
+  T eta;
+  uint32_t noise, first_word;  // see noise_at()
 };
 
 template <typename T, bool from_backup>
 struct RestoreLoop {
-  using Args = PerturbArgs<T>;
+  using Args = MoveArgs<T>;
   static WSAM_HOST_DEVICE void run(const Args& args) {
     T* const p = args.p;
     const T* const source = from_backup ? args.backup : args.g1;
     const int64_t count = args.count;
-    const T scale = args.scale;
+    const T scale = args.from;
     WSAM_INDEPENDENT_ITERATIONS
     for (int64_t i = 0; i < count; ++i) {
       p[i] = from_backup ? source[i] : recomputed(p[i], source[i], scale);

@@ -1,18 +1,19 @@
 // update_: restore w, form h and d, step the base rule, subtract lr * d; one pass over memory.
 //
-//   w  = fma(-s, g1, p), or the backup, or p itself where it was not perturbed
+//   w  = fma(-s, g1, p), or the backup, or p itself where it was not perturbed or with keep_point
 //   h  = sum of h_k g_k,   d = sum of d_k g_k       (sign and clipping are in the coefficients)
 //   w' = rule(w, h; state) - lr d
 //
 // operand  row             access
-// p        kParam          read (where w is recomputed or was not perturbed) and written
+// p        kParam          read (where w is recomputed or p itself) and written
 // g1..g3   kGrad1..kGrad3  as many as evaluations; read; written by the rule `none`: h into g1, d
-// into g2 backup   kBackup         read, only with has_backup state    kState1..3      read and
-// written steps    -               float32, one per tensor: read, and 1 added where the tensor was
-// updated
+//                          into g2; h into g2 where there is no g1
+// backup   kBackup         read, only with has_backup
+// state    kState1..3      read and written
+// steps    -               float32, one per tensor: read, and 1 added where a rule was stepped
 //
-// Moves 8 elements per parameter with Adam, 6 with momentum. A tensor that lacks one of the
-// gradients is restored and not updated; a step with a norm that is not finite updates nothing.
+// Moves 8 elements per parameter with Adam, 6 with momentum. A tensor that lacks a required
+// gradient is restored and not updated; a step with a norm that is not finite updates nothing.
 #include <torch/csrc/stable/library.h>
 
 #include "restore.h"
@@ -59,8 +60,8 @@ struct UpdateLoop {
       const T d = combined(c.d, x1, x2, x3);
       if constexpr (rule == kNone) {
         p[i] = w;
+        g2[i] = d;  // first: without a second gradient, or a first one, they are one
         g1[i] = h;
-        g2[i] = d;
       } else {
         T state[3] = {};
         if constexpr (states > 0) state[0] = s1[i];
@@ -80,8 +81,9 @@ struct Step {
   const double* groups;
   const double* scalars;
   const float* steps;
-  int evaluations;
-  bool perturbed, has_backup, skipped;
+  int evaluations, required;
+  Point at;
+  bool has_backup, keep_point, skipped;
 };
 
 // The scalars of a tensor, kept for the next one: most neighbours are of one group and one age.
@@ -89,7 +91,7 @@ template <typename T, BaseRule rule>
 struct TensorScalars {
   int64_t group = -1;
   float age = -1;
-  T ascent = 0;
+  T perturbation = 0;
   Coefficients<T> row{};
   RuleScalars<T> base{};
 
@@ -98,7 +100,7 @@ struct TensorScalars {
     group = tensor_group;
     age = tensor_age;
     const double* const columns = step.groups + group * kGroupColumns;
-    ascent = ascent_scale<T>(step.scalars[kMetricSq], columns);
+    perturbation = scale_at<T>(step.at, step.scalars, columns);
     row = coefficients<T>(columns, step.scalars);
     base = rule_scalars<rule, T>(columns, double(age) + 1.0);
   }
@@ -112,8 +114,9 @@ UpdateArgs<T> segment_args(const Plan& plan, const Step& step,
   args.count = end - begin;
   args.p = segment<T>(plan, kParam, tensor, begin);
   T* const backup = segment<T>(plan, kBackup, tensor, begin);
-  args.source = perturbed && step.has_backup ? backup : args.p;
-  args.scale = perturbed && !step.has_backup ? scalars.ascent : T(0);
+  const bool restores = perturbed && !step.keep_point;
+  args.source = restores && step.has_backup ? backup : args.p;
+  args.scale = restores && !step.has_backup ? scalars.perturbation : T(0);
   args.coefficients = scalars.row;
   args.rule = scalars.base;
   // A gradient that is not used is read from the place of one that is, and moves nothing.
@@ -122,8 +125,8 @@ UpdateArgs<T> segment_args(const Plan& plan, const Step& step,
                                      : args.g[k - 1];
     args.state[k] = segment<T>(plan, TableRow(kState1 + k), tensor, begin);
   }
-  const bool g1_used =
-      rule == kNone || args.scale != T(0) || scalars.row.h[0] != T(0) || scalars.row.d[0] != T(0);
+  const bool g1_used = (rule == kNone && args.g[0]) || args.scale != T(0) ||
+                       scalars.row.h[0] != T(0) || scalars.row.d[0] != T(0);
   if (!g1_used) args.g[0] = args.g[1];
   return args;
 }
@@ -135,8 +138,8 @@ void update_list(const Plan& plan, const Step& step) {
   for_each_chunk(plan, [&](int64_t chunk) {
     TensorScalars<T, rule> scalars;
     for_each_segment(plan, chunk, [&](int64_t tensor, int64_t begin, int64_t end) {
-      const bool update = !step.skipped && has_all_gradients(plan, tensor, step.evaluations);
-      const bool perturbed = step.perturbed && plan.at(kGrad1, tensor);
+      const bool update = !step.skipped && has_gradients(plan, tensor, step.required);
+      const bool perturbed = step.at != kWeights && plan.at(kGrad1, tensor);
       if (!update && !perturbed) return;
       scalars.refresh(step, plan.at(kGroup, tensor), step.steps[tensor]);
       if (update) {
@@ -144,7 +147,7 @@ void update_list(const Plan& plan, const Step& step) {
       } else {
         restore_loop({segment<T>(plan, kParam, tensor, begin),
                       segment<T>(plan, kGrad1, tensor, begin),
-                      segment<T>(plan, kBackup, tensor, begin), end - begin, scalars.ascent});
+                      segment<T>(plan, kBackup, tensor, begin), end - begin, scalars.perturbation});
       }
     });
   });
@@ -170,26 +173,27 @@ void update_with_rule(int64_t base_rule, const Plan& plan, const Step& step) {
 
 void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
             ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, Tensor steps,
-            int64_t base_rule, int64_t evaluations, bool has_backup, bool check_second,
-            bool count_skipped) {
+            int64_t base_rule, int64_t evaluations, int64_t required, int64_t checked,
+            bool has_backup, bool keep_point, bool count_skipped) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   check_tensor(steps, "steps", ScalarType::Float, plan.tensors);
-  check_evaluations(evaluations, base_rule);
+  check_evaluations(evaluations, required);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
   float* const step_counts = static_cast<float*>(steps.mutable_data_ptr());
-  const bool skipped = !all_finite(scalar, check_second);
-  const Step step{checked_groups(groups), scalar,     step_counts, int(evaluations),
-                  flag[kPerturbed] != 0,  has_backup, skipped};
+  const bool skipped = !all_finite(scalar, int(checked));
+  const Step step{checked_groups(groups), scalar,     step_counts, int(evaluations), int(required),
+                  Point(int(flag[kAt])),  has_backup, keep_point,  skipped};
   with_dtype(dtype, grad_dtype,
              [&](auto zero) { update_with_rule<decltype(zero)>(base_rule, plan, step); });
-  flag[kPerturbed] = 0.0;
+  flag[kAt] = kWeights;
   if (skipped) {
     scalar[kSkipped] += count_skipped ? 1.0 : 0.0;
     return;
   }
+  if (base_rule == kNone) return;
   for (int64_t tensor = 0; tensor < plan.tensors; ++tensor) {
-    if (has_all_gradients(plan, tensor, step.evaluations)) step_counts[tensor] += 1.0f;
+    if (has_gradients(plan, tensor, step.required)) step_counts[tensor] += 1.0f;
   }
 }
 

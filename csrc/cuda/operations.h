@@ -49,69 +49,84 @@ void with_rule(int64_t base_rule, const Body& body) {
 
 template <typename Executor>
 void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-            ScalarType grad_dtype, Tensor partials, Tensor scalars, Tensor flags, int64_t gradient,
-            int64_t geometry, bool accumulate) {
+            ScalarType grad_dtype, Tensor groups, Tensor partials, Tensor scalars, Tensor flags,
+            int64_t gradient, int64_t geometry, bool with_first, bool accumulate) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
+  const double* const group_rows = checked_groups(groups);
   check_gradient(gradient);
   double* const partial = checked_doubles(partials, "partials", 2 * plan.chunks);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
-  check_one_device(table, {&chunks, &partials, &scalars, &flags});
+  check_one_device(table, {&chunks, &groups, &partials, &scalars, &flags});
+  const auto run = [&](auto op) {
+    op.plan = plan;
+    op.groups = group_rows;
+    op.partials = partial;
+    op.scalars = scalar;
+    op.flags = flag;
+    op.gradient = TableRow(gradient);
+    op.accumulate = accumulate;
+    Executor::reduce(op, table);
+  };
   with_dtypes(dtype, grad_dtype, [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);
-    if (geometry == kAdaptive && gradient == kGrad1) {
-      using Op = Reduce<P, G, kAdaptive>;
-      Executor::reduce(Op{plan, partial, scalar, flag, kGrad1, accumulate}, table);
-    } else {
-      // Without the metric the parameters are not read: one kernel for each type of gradient.
-      using Op = Reduce<G, G, kEuclidean>;
-      Executor::reduce(Op{plan, partial, scalar, flag, TableRow(gradient), accumulate}, table);
-    }
+    // Where the parameters are not read, one kernel for each type of gradient.
+    if (gradient != kGrad1 && with_first) return run(Reduce<G, G, Pairing::kWithFirst>{});
+    if (gradient != kGrad1 || geometry == kEuclidean) return run(Reduce<G, G, Pairing::kNone>{});
+    if (geometry == kFisher) return run(Reduce<G, G, Pairing::kFisher>{});
+    return run(Reduce<P, G, Pairing::kAdaptive>{});
   });
 }
 
 template <typename Executor>
 void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
              ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, int64_t geometry,
-             bool has_backup, bool undo) {
+             bool has_backup, int64_t target) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   const double* const group_rows = checked_groups(groups);
   const double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
   check_geometry(geometry, has_backup);
+  check_point(target, has_backup);
   check_one_device(table, {&chunks, &groups, &scalars, &flags});
+  const auto run = [&](auto op) {
+    op.plan = plan;
+    op.groups = group_rows;
+    op.scalars = scalar;
+    op.flags = flag;
+    op.has_backup = has_backup;
+    op.target = Point(target);
+    Executor::walk(op, table);
+  };
   with_dtypes(dtype, grad_dtype, [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);
-    if (geometry == kAdaptive) {
-      using Op = Perturb<P, G, kAdaptive>;
-      Executor::walk(Op{plan, group_rows, scalar, flag, has_backup, undo}, table);
-    } else {
-      using Op = Perturb<P, G, kEuclidean>;
-      Executor::walk(Op{plan, group_rows, scalar, flag, has_backup, undo}, table);
-    }
+    if (target == kProbe) return run(Perturb<P, P, kNoise>{});
+    if (geometry == kAdaptive) return run(Perturb<P, G, kAdaptive>{});
+    if (geometry == kFisher) return run(Perturb<P, G, kFisher>{});
+    return run(Perturb<P, G, kEuclidean>{});
   });
 }
 
 template <typename Executor>
 void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
             ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, Tensor steps,
-            int64_t base_rule, int64_t evaluations, bool has_backup, bool check_second,
-            bool count_skipped) {
+            int64_t base_rule, int64_t evaluations, int64_t required, int64_t checked,
+            bool has_backup, bool keep_point, bool count_skipped) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   const double* const group_rows = checked_groups(groups);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
   check_tensor(steps, "steps", ScalarType::Float, plan.tensors);
-  check_evaluations(evaluations, base_rule);
+  check_evaluations(evaluations, required);
   check_one_device(table, {&chunks, &groups, &scalars, &flags, &steps});
   float* const counts = static_cast<float*>(steps.mutable_data_ptr());
   with_dtypes(dtype, grad_dtype, [&](auto p, auto g) {
     with_rule(base_rule, [&](auto rule) {
       using Op = Update<decltype(p), decltype(g), decltype(rule)::value>;
-      Executor::walk(Op{plan, group_rows, scalar, flag, counts, int(evaluations), has_backup,
-                        check_second, count_skipped},
+      Executor::walk(Op{plan, group_rows, scalar, flag, counts, int(evaluations), int(required),
+                        int(checked), has_backup, keep_point, count_skipped},
                      table);
     });
   });

@@ -26,15 +26,17 @@ template <typename P, typename G, Geometry geometry>
 struct Perturb {
   using T = typename ComputeType<P>::type;
   static constexpr int kWidth = vector_width(sizeof(P));
-  static constexpr int kBlocksPerProcessor = 6;
+  static constexpr int kBlocksPerProcessor = 5;
 
   struct Slot {
     Place place;
     P* p;
-    const G* g1;
-    P* backup;  // null: w is recomputed
-    T scale;
-    bool aligned;
+    const G* g1;      // null: a tensor that stays, or noise
+    P* source;        // where w is taken from: p or the backup
+    P* backup;        // where w is kept; null: it is not
+    T from, to, eta;  // `from` is 0 where the source holds w itself
+    uint32_t noise;
+    bool moves, aligned;
 
     WSAM_HOST_DEVICE void forget() {}
   };
@@ -43,36 +45,46 @@ struct Perturb {
   const double* groups;
   const double* scalars;
   double* flags;
-  bool has_backup, undo;
+  bool has_backup;
+  Point target;
 
   // What all threads need to know before they begin.
   struct Step {
     bool active;
+    Point at;
   };
 
   WSAM_HOST_DEVICE Step begin() const {
-    return {undo == (flags[kPerturbed] != 0) && is_finite(scalars[kMetricSq])};
+    const Point at = Point(int(flags[kAt]));
+    return {can_move(at, target, scalars), at};
   }
 
-  WSAM_HOST_DEVICE void fill(Slot& slot, int64_t chunk, int64_t tensor, const Step&) const {
+  WSAM_HOST_DEVICE void fill(Slot& slot, int64_t chunk, int64_t tensor, const Step& step) const {
+    const double* const group = groups + plan.at(kGroup, tensor) * kGroupColumns;
     slot.place = place_of(plan, chunk, tensor);
     slot.p = start<P>(plan, kParam, tensor, slot.place);
-    slot.g1 = start<const G>(plan, kGrad1, tensor, slot.place);
-    slot.backup = has_backup ? start<P>(plan, kBackup, tensor, slot.place) : nullptr;
-    slot.scale =
-        ascent_scale<T>(scalars[kMetricSq], groups + plan.at(kGroup, tensor) * kGroupColumns);
+    slot.g1 = geometry == kNoise ? nullptr : start<const G>(plan, kGrad1, tensor, slot.place);
+    slot.moves = geometry == kNoise || step.at == kProbe || slot.g1;
+    P* const backup = has_backup ? start<P>(plan, kBackup, tensor, slot.place) : nullptr;
+    slot.backup = step.at == kWeights ? backup : nullptr;
+    slot.source = step.at == kWeights || !backup ? slot.p : backup;
+    slot.from = backup ? T(0) : scale_at<T>(step.at, scalars, group);
+    slot.to = scale_at<T>(target, scalars, group);
+    slot.eta = T(group[kEta]);
+    if constexpr (geometry == kNoise) {
+      slot.noise = noise_of_tensor(scalars[kSeed], plan.at(kKey, tensor));
+    }
     slot.aligned = is_aligned<kWidth>(slot.p) && is_aligned<kWidth>(slot.g1) &&
-                   is_aligned<kWidth>(slot.backup);
+                   is_aligned<kWidth>(slot.source) && is_aligned<kWidth>(slot.backup);
   }
 
   WSAM_HOST_DEVICE void work(const Window& window, const Slot* slots, int thread) const {
     const auto visit = [&](const Slot& slot, int begin, int end, int stride) {
-      if (!slot.g1) return;
+      if (!slot.moves) return;
       for (int i = begin; i < end; i += stride) {
         for_each_piece<kWidth>(i, end, slot.aligned, [&](auto piece) {
-          if (undo) {
-            restore(slot.p, slot.backup ? slot.backup : slot.p, slot.g1,
-                    slot.backup ? T(0) : slot.scale, piece);
+          if (target == kWeights) {
+            restore(slot.p, slot.source, slot.g1, slot.from, piece);
           } else {
             move(slot, piece);
           }
@@ -85,18 +97,30 @@ struct Perturb {
   template <int width>
   static WSAM_HOST_DEVICE void move(const Slot& slot, const Piece<width>& piece) {
     T w[width], g[width];
-    load(slot.p, piece, w);
-    load(slot.g1, piece, g);
+    load(slot.source, piece, w);
+    if constexpr (geometry == kNoise) {
+      const uint32_t first_word = uint32_t(slot.place.begin >> 5);
+      WSAM_UNROLL
+      for (int k = 0; k < width; ++k) {
+        g[k] = noise_at<T>(slot.noise, first_word, uint32_t(piece.begin + k));
+      }
+    } else {
+      load(slot.g1, piece, g);
+    }
+    if (slot.from != T(0)) {
+      WSAM_UNROLL
+      for (int k = 0; k < width; ++k) w[k] = recomputed(w[k], g[k], slot.from);
+    }
     // First the copy: it may take the memory of g1.
     if (slot.backup) store(slot.backup, piece, w);
     WSAM_UNROLL
-    for (int k = 0; k < width; ++k) w[k] = perturbed<geometry>(w[k], g[k], slot.scale);
+    for (int k = 0; k < width; ++k) w[k] = perturbed<geometry>(w[k], g[k], slot.to, slot.eta);
     store(slot.p, piece, w);
   }
 
   // Run by the block that is last, when no other reads the flags any more.
   WSAM_HOST_DEVICE void finish(int thread, const Step& step) const {
-    if (thread == 0 && step.active) flags[kPerturbed] = undo ? 0.0 : 1.0;
+    if (thread == 0 && step.active) flags[kAt] = double(target);
   }
 };
 

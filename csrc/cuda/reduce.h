@@ -13,30 +13,37 @@
 namespace wsam_fused {
 
 struct Sums {
-  double metric_sq, plain_sq;
+  double first, plain_sq;
 
   WSAM_HOST_DEVICE Sums& operator+=(const Sums& other) {
-    metric_sq += other.metric_sq;
+    first += other.first;
     plain_sq += other.plain_sq;
     return *this;
   }
 };
 
-template <typename P, typename G, Geometry geometry>
+// What the first of the two sums is of: g^2, M(w, g) g^2 or g1 g.
+enum class Pairing { kNone, kAdaptive, kFisher, kWithFirst };
+
+// P is the type of w or g1, where they are read; else that of g.
+template <typename P, typename G, Pairing pairing>
 struct Reduce {
   using T = typename ComputeType<P>::type;
-  static constexpr int kWidth =
-      vector_width(geometry == kAdaptive && sizeof(P) > sizeof(G) ? sizeof(P) : sizeof(G));
+  static constexpr bool kReadsOther =
+      pairing == Pairing::kAdaptive || pairing == Pairing::kWithFirst;
+  static constexpr int kWidth = vector_width(sizeof(P) > sizeof(G) ? sizeof(P) : sizeof(G));
   static constexpr int kBlocksPerProcessor = 4;
 
   struct Slot {
     Place place;
     const G* g;
-    const P* w;
+    const P* other;  // w or g1, if it is read
+    double eta;
     bool aligned;
   };
 
   Plan plan;
+  const double* groups;
   double* partials;  // 2 per chunk
   double* scalars;
   double* flags;
@@ -46,60 +53,66 @@ struct Reduce {
   WSAM_HOST_DEVICE void fill(Slot& slot, int64_t chunk, int64_t tensor) const {
     slot.place = place_of(plan, chunk, tensor);
     slot.g = start<const G>(plan, gradient, tensor, slot.place);
-    slot.w = start<const P>(plan, kParam, tensor, slot.place);
-    slot.aligned =
-        is_aligned<kWidth>(slot.g) && (geometry != kAdaptive || is_aligned<kWidth>(slot.w));
+    constexpr TableRow kOther = pairing == Pairing::kWithFirst ? kGrad1 : kParam;
+    slot.other = kReadsOther ? start<const P>(plan, kOther, tensor, slot.place) : nullptr;
+    slot.eta = groups[plan.at(kGroup, tensor) * kGroupColumns + kEta];
+    slot.aligned = is_aligned<kWidth>(slot.g) && is_aligned<kWidth>(slot.other);
   }
 
   WSAM_HOST_DEVICE void work(const Window& window, const Slot* slots, int thread,
                              Sums& sums) const {
     for_each_share<kWidth>(window, slots, thread,
                            [&](const Slot& slot, int begin, int end, int stride) {
-                             if (slot.g) add(slot, begin, end, stride, sums);
+                             if (slot.g && (slot.other || !kReadsOther)) add(slot, begin, end, stride, sums);
                            });
   }
 
   WSAM_HOST_DEVICE void add(const Slot& slot, int begin, int end, int stride, Sums& sums) const {
     const G* const g = slot.g;
-    const P* const w = slot.w;
+    const P* const other = slot.other;
+    const double eta = slot.eta;
     const bool aligned = slot.aligned;
     int i = begin;
-    if constexpr (geometry == kEuclidean) {
-      // Two vectors at once: more of the memory's latency is hidden than by one. With the metric
-      // two operands do that.
+    if constexpr (!kReadsOther) {
+      // Two vectors at once: more of the memory's latency is hidden than by one. With another
+      // operand both do that.
       for (; aligned && i + stride + kWidth <= end; i += 2 * stride) {
         T near[kWidth], far[kWidth];
         load(g, Piece<kWidth>{i}, near);
         load(g, Piece<kWidth>{i + stride}, far);
-        add_squares(near, near, sums);
-        add_squares(far, far, sums);
+        add_products(near, near, eta, sums);
+        add_products(far, far, eta, sums);
       }
     }
     for (; i < end; i += stride) {
       for_each_piece<kWidth>(i, end, aligned, [&](auto piece) {
-        T x[piece.width], at[piece.width];
+        T x[piece.width], y[piece.width] = {};
         load(g, piece, x);
-        if constexpr (geometry == kAdaptive) load(w, piece, at);
-        add_squares(x, at, sums);
+        if constexpr (kReadsOther) load(other, piece, y);
+        add_products(x, y, eta, sums);
       });
     }
   }
 
   template <int width>
-  static WSAM_HOST_DEVICE void add_squares(const T (&g)[width], const T (&w)[width], Sums& sums) {
+  static WSAM_HOST_DEVICE void add_products(const T (&g)[width], const T (&other)[width],
+                                            double eta, Sums& sums) {
     WSAM_UNROLL
     for (int k = 0; k < width; ++k) {
-      const double x = double(g[k]);
+      const double x = double(g[k]), y = double(other[k]);
       sums.plain_sq = fused_multiply_add(x, x, sums.plain_sq);
-      if constexpr (geometry == kAdaptive) {
-        const double m = metric<geometry>(double(w[k]));
-        sums.metric_sq = fused_multiply_add(m * x, x, sums.metric_sq);
+      if constexpr (pairing == Pairing::kWithFirst) {
+        sums.first = fused_multiply_add(y, x, sums.first);
+      } else if constexpr (pairing == Pairing::kAdaptive) {
+        sums.first = fused_multiply_add(metric<kAdaptive>(y, x, eta) * x, x, sums.first);
+      } else if constexpr (pairing == Pairing::kFisher) {
+        sums.first = fused_multiply_add(metric<kFisher>(y, x, eta) * x, x, sums.first);
       }
     }
   }
 
   WSAM_HOST_DEVICE void store_partial(int64_t chunk, const Sums& sums) const {
-    partials[2 * chunk] = geometry == kEuclidean ? sums.plain_sq : sums.metric_sq;
+    partials[2 * chunk] = pairing == Pairing::kNone ? sums.plain_sq : sums.first;
     partials[2 * chunk + 1] = sums.plain_sq;
   }
 
@@ -118,12 +131,13 @@ struct Reduce {
   }
 
   WSAM_HOST_DEVICE void store_total(const Sums& sums) const {
-    if (gradient == kGrad1) put(kMetricSq, sums.metric_sq);
-    put(gradient == kGrad1 ? kGrad1Sq : kGrad2Sq, sums.plain_sq);
+    if (gradient == kGrad1) put(kMetricSq, sums.first);
+    if constexpr (pairing == Pairing::kWithFirst) put(kDot12, sums.first);
+    put(kGrad1Sq + gradient - kGrad1, sums.plain_sq);
   }
 
  private:
-  WSAM_HOST_DEVICE void put(ScalarSlot slot, double sum) const {
+  WSAM_HOST_DEVICE void put(int slot, double sum) const {
     scalars[slot] = accumulate ? scalars[slot] + sum : sum;
   }
 

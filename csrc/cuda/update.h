@@ -25,8 +25,8 @@ struct Update {
     T* state[3];
     int64_t group;
     float age;
-    T ascent;  // of the group
-    T scale;   // of the perturbation to be undone, 0 if source holds w itself
+    T perturbation;  // of the group
+    T scale;         // of the perturbation to be undone, 0 if source holds w itself
     Coefficients<T> row;
     RuleScalars<T> base;
     Work work;
@@ -41,27 +41,28 @@ struct Update {
   double* scalars;
   double* flags;
   float* steps;
-  int evaluations;
-  bool has_backup, check_second, count_skipped;
+  int evaluations, required, checked;
+  bool has_backup, keep_point, count_skipped;
 
   struct Step {
-    bool active, perturbed, skipped;
+    bool active, skipped;
+    Point at;
   };
 
   WSAM_HOST_DEVICE Step begin() const {
-    const bool skipped = !all_finite(scalars, check_second);
-    const bool perturbed = flags[kPerturbed] != 0;
-    return {perturbed || !skipped, perturbed, skipped};
+    const bool skipped = !all_finite(scalars, checked);
+    const Point at = Point(int(flags[kAt]));
+    return {at != kWeights || !skipped, skipped, at};
   }
 
   WSAM_HOST_DEVICE void fill(Slot& slot, int64_t chunk, int64_t tensor, const Step& step) const {
-    const bool perturbed = step.perturbed && plan.at(kGrad1, tensor);
-    const bool update = !step.skipped && has_all_gradients(plan, tensor, evaluations);
+    const bool perturbed = step.at != kWeights && plan.at(kGrad1, tensor);
+    const bool update = !step.skipped && has_gradients(plan, tensor, required);
     slot.place = place_of(plan, chunk, tensor);
     slot.work = update ? kUpdate : perturbed ? kRestore : kLeave;
     if (slot.work == kLeave) return;
-    fill_scalars(slot, plan.at(kGroup, tensor), steps[tensor]);
-    fill_addresses(slot, tensor, perturbed);
+    fill_scalars(slot, plan.at(kGroup, tensor), steps[tensor], step.at);
+    fill_addresses(slot, tensor, perturbed && !(update && keep_point));
   }
 
   WSAM_HOST_DEVICE void work(const Window& window, const Slot* slots, int thread) const {
@@ -82,9 +83,9 @@ struct Update {
 
   // Run by the block that is last, when no other reads what is written here.
   WSAM_HOST_DEVICE void finish(int thread, const Step& step) const {
-    if (!step.skipped) count_step(thread);
+    if (rule != kNone && !step.skipped) count_step(thread);
     if (thread != 0) return;
-    flags[kPerturbed] = 0.0;
+    flags[kAt] = kWeights;
     if (step.skipped && count_skipped) scalars[kSkipped] += 1.0;
   }
 
@@ -99,7 +100,7 @@ struct Update {
       for (int k = 0; k < kAtOnce; ++k) {
         const int64_t tensor = smaller(first + k * kThreads, plan.tensors - 1);
         ages[k] = steps[tensor];
-        updated[k] = has_all_gradients(plan, tensor, evaluations);
+        updated[k] = has_gradients(plan, tensor, required);
       }
       WSAM_UNROLL
       for (int k = 0; k < kAtOnce; ++k) {
@@ -109,20 +110,20 @@ struct Update {
     }
   }
 
-  WSAM_HOST_DEVICE void fill_scalars(Slot& slot, int64_t group, float age) const {
+  WSAM_HOST_DEVICE void fill_scalars(Slot& slot, int64_t group, float age, Point at) const {
     if (slot.group == group && slot.age == age) return;
     const double* const columns = groups + group * kGroupColumns;
     slot.group = group;
     slot.age = age;
-    slot.ascent = ascent_scale<T>(scalars[kMetricSq], columns);
+    slot.perturbation = scale_at<T>(at, scalars, columns);
     slot.row = coefficients<T>(columns, scalars);
     slot.base = rule_scalars<rule, T>(columns, double(age) + 1.0);
   }
 
-  WSAM_HOST_DEVICE void fill_addresses(Slot& slot, int64_t tensor, bool perturbed) const {
+  WSAM_HOST_DEVICE void fill_addresses(Slot& slot, int64_t tensor, bool restores) const {
     slot.p = start<P>(plan, kParam, tensor, slot.place);
-    slot.source = perturbed && has_backup ? start<P>(plan, kBackup, tensor, slot.place) : slot.p;
-    slot.scale = perturbed && !has_backup ? slot.ascent : T(0);
+    slot.source = restores && has_backup ? start<P>(plan, kBackup, tensor, slot.place) : slot.p;
+    slot.scale = restores && !has_backup ? slot.perturbation : T(0);
     bool aligned = is_aligned<kWidth>(slot.p) && is_aligned<kWidth>(slot.source);
     // A gradient that is not used is read from the place of one that is, and moves nothing.
     for (int k = 0; k < 3; ++k) {
@@ -130,8 +131,8 @@ struct Update {
       slot.g[k] = there ? start<G>(plan, TableRow(kGrad1 + k), tensor, slot.place) : slot.g[k - 1];
       aligned = aligned && is_aligned<kWidth>(slot.g[k]);
     }
-    const bool first_used =
-        rule == kNone || slot.scale != T(0) || slot.row.h[0] != T(0) || slot.row.d[0] != T(0);
+    const bool first_used = (rule == kNone && slot.g[0]) || slot.scale != T(0) ||
+                            slot.row.h[0] != T(0) || slot.row.d[0] != T(0);
     if (!first_used) slot.g[0] = slot.g[1];
     for (int k = 0; k < kStates; ++k) {
       slot.state[k] = start<T>(plan, TableRow(kState1 + k), tensor, slot.place);
@@ -161,8 +162,8 @@ struct Update {
       }
     }
     if constexpr (rule == kNone) {
+      store(slot.g[1], piece, d);  // first: without g2, or without g1, they are one
       store(slot.g[0], piece, h);
-      store(slot.g[1], piece, d);
     } else {
       if constexpr (kEarly < kStates) hold_back_loads();
       WSAM_UNROLL

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wsam_fused.backends import eager, native, triton
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.plan import Point
 from wsam_fused.tensor_list import TensorList
 
 
@@ -41,11 +42,20 @@ class Backend(Protocol):
     def refresh(self, tensors: TensorList) -> None:
         """Take over the parameters' storage again after it moved."""
 
-    def reduce(self, tensors: TensorList, evaluation: int, *, accumulate: bool) -> None:
-        """Write the sums of squares of one gradient list to the shared scalars, or add them."""
+    def reduce(
+        self, tensors: TensorList, evaluation: int, *, with_first: bool, accumulate: bool
+    ) -> None:
+        """Write the sums over one gradient list to the shared scalars, or add them.
 
-    def perturb(self, tensors: TensorList, *, undo: bool = False) -> None:
-        """Move the parameters to the ascent point, or with ``undo`` back to w."""
+        Args:
+            tensors: The parameters.
+            evaluation: Which gradients, 0 for g1.
+            with_first: Also form their dot product with g1.
+            accumulate: Add to what other lists of the device gave.
+        """
+
+    def perturb(self, tensors: TensorList, target: Point) -> None:
+        """Move the parameters from where they are to another point."""
 
     def update(
         self,
@@ -53,7 +63,9 @@ class Backend(Protocol):
         rule: BaseRule,
         evaluations: int,
         *,
-        check_second: bool,
+        required: int,
+        checked: int,
+        keep_point: bool,
         count_skipped: bool,
     ) -> None:
         """Restore w, step the base rule and subtract the decoupled term.
@@ -62,7 +74,9 @@ class Backend(Protocol):
             tensors: The parameters.
             rule: The base rule.
             evaluations: How many gradients there are.
-            check_second: The norm of g2 is known; skip the step if it is not finite.
+            required: Bit k: a parameter that has no gradient k + 1 is not updated.
+            checked: Bit k: the norm of gradient k + 1 is known; skip the step if it is not finite.
+            keep_point: Start from where the parameters are and not from w.
             count_skipped: Add a skipped step to the counter.
         """
 

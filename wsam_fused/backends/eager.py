@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wsam_fused.base_rules import BaseRule
-from wsam_fused.plan import Geometry, GroupRow, Slot
+from wsam_fused.plan import Geometry, GroupRow, Point, Slot
 from wsam_fused.tensor_list import TensorList
 
 DEVICE_TYPES: tuple[str, ...] = ()
@@ -37,42 +37,49 @@ def refresh(tensors: TensorList) -> None:
     """Nothing to prepare."""
 
 
-def reduce(tensors: TensorList, evaluation: int, *, accumulate: bool) -> None:
-    """Write the sums of squares of one gradient list to the shared scalars, or add them."""
+def reduce(tensors: TensorList, evaluation: int, *, with_first: bool, accumulate: bool) -> None:
+    """Write the sums over one gradient list to the shared scalars, or add them."""
     scalars = tensors.shared.scalars
+    plain = Slot.GRAD1_SQ + evaluation
+    slots = [Slot.METRIC_SQ] if evaluation == 0 else [Slot.DOT12] if with_first else []
     if not accumulate:
-        slots = [Slot.METRIC_SQ, Slot.GRAD1_SQ] if evaluation == 0 else [Slot.GRAD2_SQ]
-        for slot in slots:
+        for slot in [*slots, plain]:
             scalars[slot] = 0.0
-    for param, grad in zip(tensors.params, tensors.grads[evaluation], strict=True):
-        if grad is None:
+    for i, (g1, grad) in enumerate(zip(tensors.grads[0], tensors.grads[evaluation], strict=True)):
+        if grad is None or (with_first and g1 is None):
             continue
         g = _wide(grad)
-        plain_sq = (g * g).sum()
+        scalars[plain] += (g * g).sum()
         if evaluation == 0:
-            scalars[Slot.GRAD1_SQ] += plain_sq
-            scalars[Slot.METRIC_SQ] += (_metric(tensors.key.geometry, param) * g * g).sum()
+            scalars[Slot.METRIC_SQ] += (_metric(tensors, i, g) * g * g).sum()
+        elif with_first:
+            scalars[Slot.DOT12] += (_wide(g1) * g).sum()  # type: ignore[arg-type]
+
+
+def perturb(tensors: TensorList, target: Point) -> None:
+    """Move the parameters from where they are to another point."""
+    by_gradient = target in (Point.ASCENT, Point.DESCENT)
+    norm = tensors.shared.scalars[Slot.METRIC_SQ]
+    for i, (param, g1) in enumerate(zip(tensors.params, _first_gradients(tensors), strict=True)):
+        at = _at(tensors)[i]
+        if by_gradient and g1 is None:
+            continue
+        w = _weights(tensors, i)
+        if target == Point.WEIGHTS:
+            _write([(param, w), (at, torch.zeros_like(at))])
+            continue
+        if target == Point.PROBE:
+            moved = _wide(w) + tensors.shared.value(tensors.groups[i], "delta") * _noise(tensors, i)
+            can_move = torch.ones_like(norm, dtype=torch.bool)
         else:
-            scalars[Slot.GRAD2_SQ] += plain_sq
-
-
-def perturb(tensors: TensorList, *, undo: bool = False) -> None:
-    """Move the parameters to the ascent point, or with ``undo`` back to w."""
-    finite = torch.isfinite(tensors.shared.scalars[Slot.METRIC_SQ])
-    for i, (param, g1) in enumerate(zip(tensors.params, tensors.grads[0], strict=True)):
-        if g1 is None:
-            continue
-        mark = _marks(tensors)[i]
-        if undo:
-            _write([(param, _restored(tensors, i)), (mark, torch.zeros_like(mark))])
-            continue
-        scale = _ascent_scale(tensors, i)
-        moved = _wide(param) + scale * _metric(tensors.key.geometry, param) * _wide(g1)
-        w = param.clone()
-        writes = [(param, torch.where(finite, moved.to(param.dtype), w))]
+            assert g1 is not None
+            direction = _metric(tensors, i, _wide(g1), w) * _wide(g1)
+            moved = _wide(w) + _scale(tensors, i, target) * direction
+            can_move = torch.isfinite(norm)
+        writes = [(param, torch.where(can_move, moved.to(param.dtype), param))]
         if tensors.backups is not None:
             writes.append((tensors.backups.tensors()[i], w))
-        _write([*writes, (mark, finite.to(mark.dtype))])
+        _write([*writes, (at, torch.where(can_move, float(target), at))])
 
 
 def update(
@@ -80,41 +87,40 @@ def update(
     rule: BaseRule,
     evaluations: int,
     *,
-    check_second: bool,
+    required: int,
+    checked: int,
+    keep_point: bool,
     count_skipped: bool,
 ) -> None:
     """Restore w, step the base rule and subtract the decoupled term."""
     scalars = tensors.shared.scalars
-    finite = torch.isfinite(scalars[Slot.METRIC_SQ]) & torch.isfinite(scalars[Slot.GRAD1_SQ])
-    if check_second and evaluations > 1:
-        finite = finite & torch.isfinite(scalars[Slot.GRAD2_SQ])
+    finite = _all_finite(scalars, checked)
     for i, param in enumerate(tensors.params):
-        if tensors.grads[0][i] is None:
-            continue
-        w = _restored(tensors, i)
-        mark = _marks(tensors)[i]
-        writes = [(mark, torch.zeros_like(mark))]
-        if not tensors.has_all(i, evaluations):
+        at = _at(tensors)[i]
+        w = _weights(tensors, i)
+        writes = [(at, torch.zeros_like(at))]
+        if not tensors.has_gradients(i, required):
             _write([(param, w), *writes])
             continue
-        row = tensors.shared.rows[tensors.groups[i]]
-        grads = [_wide(g[i]) for g in tensors.grads if g and g[i] is not None]  # type: ignore[arg-type]
-        clip = [_clip_factor(scalars[slot], row) for slot in (Slot.GRAD1_SQ, Slot.GRAD2_SQ)]
-        lr = tensors.shared.learning_rate(tensors.groups[i])
-        h = row.sign * _weighted(row.h, clip, grads)
-        d = row.sign * _weighted(row.d, clip, grads)
+        group = tensors.groups[i]
+        row = tensors.shared.rows[group]
+        grads = [None if g[i] is None else _wide(g[i]) for g in tensors.grads[:evaluations]]  # type: ignore[arg-type]
+        h = row.sign * _weighted(tensors, i, "h", grads)
+        d = row.sign * _weighted(tensors, i, "d", grads)
+        start = _wide(param) if keep_point else _wide(w)
         states = [state[i] for state in tensors.states]
         if rule == BaseRule.NONE:
-            targets = [tensors.grads[0][i], tensors.grads[1][i]]
-            new_w, new = _wide(w), [h, d]
+            found = [g[i] for g in tensors.grads[:2] if g and g[i] is not None]
+            new_w, targets, new = start, found, [h, d]
         else:
             targets = [*states, tensors.steps[i]]
             t = _wide(tensors.steps[i]) + 1
-            new_w, new = _base_step(rule, row, lr, _wide(w), h, [_wide(s) for s in states], t)
+            lr = tensors.shared.value(group, "lr")
+            new_w, new = _base_step(rule, row, lr, start, h, [_wide(s) for s in states], t)
             new_w, new = new_w - lr * d, [*new, t]
         writes.append((param, torch.where(finite, new_w.to(param.dtype), w)))
-        for target, value in zip(targets, new, strict=True):
-            assert target is not None  # has_all() above
+        for target, value in zip(targets, new, strict=False):
+            assert target is not None  # it is required
             writes.append((target, torch.where(finite, value.to(target.dtype), target)))
         _write(writes)
     if count_skipped:
@@ -150,59 +156,118 @@ def _base_step(
     return w - lr * m_hat / (v_hat.sqrt() + row.eps), new
 
 
-def _restored(tensors: TensorList, i: int) -> Tensor:
-    """W of parameter i, whether it is perturbed or not."""
-    param, g1 = tensors.params[i], tensors.grads[0][i]
-    perturbed = _marks(tensors)[i] > 0
+# ---- the points ----------------------------------------------------------------------------------
+
+
+def _weights(tensors: TensorList, i: int) -> Tensor:
+    """W of parameter i, wherever it is."""
+    param, at = tensors.params[i], _at(tensors)[i]
     if tensors.backups is not None:
-        return torch.where(perturbed, tensors.backups.tensors()[i], param)
-    assert g1 is not None  # only perturbed parameters are restored
-    w = _wide(param) - _ascent_scale(tensors, i) * _wide(g1)
-    return torch.where(perturbed, w.to(param.dtype), param)
+        return torch.where(at > 0, tensors.backups.tensors()[i], param)
+    g1 = _first_gradients(tensors)[i]
+    if g1 is None:
+        return param.clone()
+    scale = torch.where(
+        at == Point.ASCENT, _scale(tensors, i, Point.ASCENT), _scale(tensors, i, Point.DESCENT)
+    )
+    w = _wide(param) - scale * _wide(g1)
+    return torch.where(at > 0, w.to(param.dtype), param)
 
 
-def _ascent_scale(tensors: TensorList, i: int) -> Tensor:
-    """Rho / (norm + eps), 0 where the norm is 0, rounded to the precision of the parameter."""
+def _scale(tensors: TensorList, i: int, point: Point) -> Tensor:
+    """Radius / (norm + eps), 0 where the norm is 0, rounded to the precision of the parameter."""
     row = tensors.shared.rows[tensors.groups[i]]
+    radius = row.rho if point == Point.ASCENT else row.rho_descent
     norm = tensors.shared.scalars[Slot.METRIC_SQ].sqrt()
-    scale = torch.where(norm > 0, row.rho / (norm + row.ascent_eps), 0.0)
+    scale = torch.where(norm > 0, radius / (norm + row.ascent_eps), 0.0)
     dtype = torch.promote_types(tensors.params[i].dtype, torch.float32)
     scale = scale.clamp(max=torch.finfo(dtype).max)
-    return _wide((row.sign * scale).to(dtype))
+    side = 1.0 if point == Point.ASCENT else -1.0
+    return _wide((side * row.sign * scale).to(dtype))
 
 
-def _metric(geometry: Geometry, w: Tensor) -> Tensor | float:
-    """The diagonal M of e = rho M g / sqrt(sum of M g^2)."""
-    return _wide(w) ** 2 if geometry == Geometry.ADAPTIVE else 1.0
+def _metric(tensors: TensorList, i: int, g: Tensor, w: Tensor | None = None) -> Tensor | float:
+    """The diagonal M of e = rho M g / sqrt(sum of M g^2) at w."""
+    eta = tensors.shared.rows[tensors.groups[i]].eta
+    if tensors.key.geometry == Geometry.ADAPTIVE:
+        return (_wide(tensors.params[i] if w is None else w).abs() + eta) ** 2
+    return 1 / (1 + eta * g * g) if tensors.key.geometry == Geometry.FISHER else 1.0
 
 
-def _clip_factor(sum_sq: Tensor, row: GroupRow) -> Tensor | float:
-    """min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_``."""
-    if row.max_norm < 0:
-        return 1.0
-    return (row.max_norm / (sum_sq.sqrt() + 1e-6)).clamp(max=1.0)
+def _first_gradients(tensors: TensorList) -> list[Tensor | None]:
+    """g1 of every parameter, also before there are gradients."""
+    return tensors.grads[0] or [None] * len(tensors.params)
 
 
-def _weighted(
-    coefficients: tuple[float, float, float], clip: list[Tensor | float], grads: list[Tensor]
-) -> Tensor:
+def _at(tensors: TensorList) -> Tensor:
+    """Where each parameter is, one by one: these loops can be interrupted between two."""
+    if tensors.flags.numel() != len(tensors.params):
+        tensors.flags = tensors.flags.new_zeros(len(tensors.params))
+    return tensors.flags
+
+
+# ---- noise ---------------------------------------------------------------------------------------
+
+
+def _noise(tensors: TensorList, i: int) -> Tensor:
+    """Noise of -1 and 1 for parameter i, element by element in the order of its memory."""
+    param = tensors.params[i]
+    seed = tensors.shared.scalars[Slot.SEED].to(torch.int64)
+    of_tensor = _hashed(_hashed(_hashed(seed & _ONES) + (seed >> 32)) + tensors.keys[i])
+    index = torch.arange(param.numel(), device=param.device)
+    word = _hashed(of_tensor + (index >> 5) * 0x9E3779B9)
+    signs = ((word >> (index & 31)) & 1) * 2 - 1
+    placed = torch.empty_like(param, dtype=torch.int64, memory_format=torch.preserve_format)
+    order = sorted(range(param.dim()), key=placed.stride, reverse=True)
+    inner = signs.view([param.shape[k] for k in order])
+    return _wide(inner.permute([order.index(k) for k in range(param.dim())]))
+
+
+_ONES = 0xFFFFFFFF
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """The hash of ``csrc/math.h``: 32 bits, held in int64."""
+    x = x & _ONES
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _ONES
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _ONES
+    return x ^ (x >> 16)
+
+
+# ---- coefficients --------------------------------------------------------------------------------
+
+
+def _all_finite(scalars: Tensor, checked: int) -> Tensor:
+    slots: list[int] = [Slot.GRAD1_SQ + k for k in range(3) if checked >> k & 1]
+    finite = torch.ones_like(scalars[0], dtype=torch.bool)
+    for slot in [*slots, Slot.METRIC_SQ] if checked & 1 else slots:
+        finite = finite & torch.isfinite(scalars[slot])
+    return finite
+
+
+def _weighted(tensors: TensorList, i: int, name: str, grads: list[Tensor | None]) -> Tensor:
     """Sum of c_k clip_k g_k; a coefficient of 0 takes the gradient out, even a non-finite one."""
-    total = torch.zeros_like(grads[0])
-    for c, factor, g in zip(coefficients, [*clip, 1.0], grads, strict=False):
-        if c != 0:
-            total = total + c * factor * g
+    total = _wide(torch.zeros_like(tensors.params[i]))
+    for k, g in enumerate(grads):
+        c = tensors.shared.value(tensors.groups[i], f"{name}{k + 1}")
+        if g is None or (not isinstance(c, Tensor) and c == 0):
+            continue
+        term = c * _clip_factor(tensors, i, k) * g
+        total = total + (torch.where(c != 0, term, 0.0) if isinstance(c, Tensor) else term)
     return total
+
+
+def _clip_factor(tensors: TensorList, i: int, evaluation: int) -> Tensor | float:
+    """min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_``."""
+    max_norm = tensors.shared.rows[tensors.groups[i]].max_norm
+    if max_norm < 0:
+        return 1.0
+    sum_sq = tensors.shared.scalars[Slot.GRAD1_SQ + evaluation]
+    return (max_norm / (sum_sq.sqrt() + 1e-6)).clamp(max=1.0)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-
-
-def _marks(tensors: TensorList) -> Tensor:
-    """Which parameters are perturbed, one by one: this loop can be interrupted between two."""
-    if tensors.flags.numel() != len(tensors.params):
-        tensors.flags = tensors.flags.new_zeros(len(tensors.params))
-    return tensors.flags
 
 
 def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:

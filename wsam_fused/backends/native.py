@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from wsam_fused import _extension
 from wsam_fused.backends import gpu, pointers
 from wsam_fused.backends.pointers import GRADIENT_ROWS, table_of
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.plan import Point
 from wsam_fused.tensor_list import TensorList
 
 # Elements per chunk on a CPU: five streams of a chunk stay inside a second-level cache, and a
@@ -62,8 +62,10 @@ class NativeBackend:
         """Take over the addresses of the parameters and of what a restore reads again."""
         pointers.refresh(tensors)
 
-    def reduce(self, tensors: TensorList, evaluation: int, *, accumulate: bool) -> None:
-        """Write the sums of squares of one gradient list to the shared scalars, or add them."""
+    def reduce(
+        self, tensors: TensorList, evaluation: int, *, with_first: bool, accumulate: bool
+    ) -> None:
+        """Write the sums over one gradient list to the shared scalars, or add them."""
         table = table_of(tensors)
         self._operations.reduce.default(
             table.table,
@@ -71,18 +73,20 @@ class NativeBackend:
             table.chunk_size,
             tensors.key.dtype,
             tensors.grad_dtype,
+            tensors.shared.groups,
             table.partials,
             tensors.shared.scalars,
             tensors.flags,
             GRADIENT_ROWS[evaluation],
             tensors.key.geometry,
+            with_first,
             accumulate,
         )
 
-    def perturb(self, tensors: TensorList, *, undo: bool = False) -> None:
-        """Move the parameters to the ascent point, or with ``undo`` back to w."""
+    def perturb(self, tensors: TensorList, target: Point) -> None:
+        """Move the parameters from where they are to another point."""
         table = table_of(tensors)
-        if not undo:
+        if target != Point.WEIGHTS:
             pointers.bind_backups(tensors)
         self._operations.perturb_.default(
             table.table,
@@ -95,10 +99,8 @@ class NativeBackend:
             tensors.flags,
             tensors.key.geometry,
             tensors.backups is not None,
-            undo,
+            target,
         )
-        if undo:  # the reader of the gradients has told autograd of the rest
-            increment_version(tensors.params)
 
     def update(
         self,
@@ -106,7 +108,9 @@ class NativeBackend:
         rule: BaseRule,
         evaluations: int,
         *,
-        check_second: bool,
+        required: int,
+        checked: int,
+        keep_point: bool,
         count_skipped: bool,
     ) -> None:
         """Restore w, step the base rule and subtract the decoupled term."""
@@ -123,8 +127,10 @@ class NativeBackend:
             tensors.steps,
             rule,
             evaluations,
+            required,
+            checked,
             tensors.backups is not None,
-            check_second and evaluations > 1,
+            keep_point,
             count_skipped,
         )
 

@@ -27,7 +27,9 @@ def bind(
     if tensors.table is None:
         sizes = list(map(Tensor.numel, tensors.params))
         size = chunk_size(sum(sizes))
-        tensors.table = table = PointerTable(sizes, tensors.groups, size, tensors.key.device)
+        tensors.table = table = PointerTable(
+            sizes, tensors.groups, tensors.keys, size, tensors.key.device
+        )
         table.set_tensors(TableRow.PARAM, tensors.params)
         for row, states in zip(_STATE_ROWS, tensors.states, strict=False):
             table.set_tensors(row, states)
@@ -44,7 +46,8 @@ def refresh(tensors: TensorList) -> None:
     """Take over the addresses of the parameters and of what a restore reads again."""
     table = table_of(tensors)
     table.set_tensors(TableRow.PARAM, tensors.params)
-    table.set_row(TableRow.GRAD1, addresses_of(tensors.grads[0]))
+    if tensors.grads[0]:
+        table.set_row(TableRow.GRAD1, addresses_of(tensors.grads[0]))
     bind_backups(tensors)
 
 

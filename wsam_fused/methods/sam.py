@@ -20,7 +20,7 @@ class SAM(SharpnessAwareOptimizer):
     """Step a base optimizer with the gradient at the worst-case neighbour.
 
     Math:
-        e  = rho M g1 / (sqrt(sum of M g1^2) + eps)     M = 1, or w^2 with ``adaptive``
+        e  = rho M g1 / (sqrt(sum of M g1^2) + eps)     M: the geometry's metric
         g2 = gradient at w + e
         w  <- base(w, g2)                               row: h = g2, d = 0
 
@@ -30,14 +30,18 @@ class SAM(SharpnessAwareOptimizer):
 
     Differs from the authors' code:
         The norm is accumulated in float64. A step whose gradient norm is not finite is skipped.
-        ``adaptive`` is the w^2 of the widely used PyTorch port, on every parameter; the ASAM
-        authors leave biases out.
+        The adaptive geometry applies to every parameter, in the ASAM authors' code only to those
+        whose name contains "weight" (``only_weights=True``), with eps 1e-16; their class has the
+        paper's eta of 0.01, their training script 0. No code by the authors of Fisher SAM is
+        public; its F here is the square of the mini-batch's mean gradient.
 
     Reference:
         Foret, Kleiner, Mobahi, Neyshabur: Sharpness-Aware Minimization for Efficiently Improving
         Generalization. ICLR 2021. arXiv:2010.01412.
         Kwon, Kim, Park, Choi: ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
         Learning of Deep Neural Networks. ICML 2021. arXiv:2102.11600.
+        Kim, Li, Hu, Hospedales: Fisher SAM: Information Geometry and Sharpness Aware Minimisation.
+        ICML 2022. arXiv:2206.04920.
 
     Example:
         >>> model, loss_of = torch.nn.Linear(3, 1), torch.nn.functional.mse_loss
@@ -52,6 +56,7 @@ class SAM(SharpnessAwareOptimizer):
     """
 
     uses_first_gradient = False
+    takes_microbatches = True
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class WSAM(SharpnessAwareOptimizer):
 
     Math:
         a  = gamma / (1 - gamma)
-        e  = rho M g1 / (sqrt(sum of M g1^2) + eps)     M = 1, or w^2 with ``adaptive``
+        e  = rho M g1 / (sqrt(sum of M g1^2) + eps)     M: the geometry's metric
         g2 = gradient at w + e
         w  <- base(w, g1) - lr a (g2 - g1)              decoupled, Algorithm 2
         w  <- base(w, (1 - a) g1 + a g2)                coupled, Algorithm 4
@@ -54,6 +54,8 @@ class WSAM(SharpnessAwareOptimizer):
         ...     return loss
         >>> loss = opt.step(closure)
     """
+
+    takes_microbatches = True
 
     def __init__(
         self,

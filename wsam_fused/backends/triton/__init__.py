@@ -14,11 +14,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from wsam_fused.backends import gpu, pointers
 from wsam_fused.backends.pointers import GRADIENT_ROWS, table_of
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.plan import Point
 from wsam_fused.tensor_list import TensorList
 
 OLDEST_TRITON = (3, 6)
@@ -49,23 +49,26 @@ class TritonBackend:
         """Take over the addresses of the parameters and of what a restore reads again."""
         pointers.refresh(tensors)
 
-    def reduce(self, tensors: TensorList, evaluation: int, *, accumulate: bool) -> None:
-        """Write the sums of squares of one gradient list to the shared scalars, or add them."""
+    def reduce(
+        self, tensors: TensorList, evaluation: int, *, with_first: bool, accumulate: bool
+    ) -> None:
+        """Write the sums over one gradient list to the shared scalars, or add them."""
         kernel = _module("reduce")
+        gradient = GRADIENT_ROWS[evaluation]
+        pairing = kernel.pairing_of(gradient, tensors.key.geometry, with_first=with_first)
         with self.on_device(tensors.key.device):
-            programs = self.programs(tensors, kernel.PROGRAMS_PER_PROCESSOR)
-            kernel.launch(tensors, programs, GRADIENT_ROWS[evaluation], accumulate=accumulate)
+            per_processor = kernel.programs_per_processor(tensors.grad_dtype, pairing)
+            programs = self.programs(tensors, per_processor)
+            kernel.launch(tensors, programs, gradient, pairing, accumulate=accumulate)
 
-    def perturb(self, tensors: TensorList, *, undo: bool = False) -> None:
-        """Move the parameters to the ascent point, or with ``undo`` back to w."""
+    def perturb(self, tensors: TensorList, target: Point) -> None:
+        """Move the parameters from where they are to another point."""
         kernel = _module("perturb")
-        if not undo:
+        if target != Point.WEIGHTS:
             pointers.bind_backups(tensors)
         with self.on_device(tensors.key.device):
             programs = self.programs(tensors, kernel.PROGRAMS_PER_PROCESSOR)
-            kernel.launch(tensors, programs, undo=undo)
-        if undo:  # the reader of the gradients has told autograd of the rest
-            increment_version(tensors.params)
+            kernel.launch(tensors, programs, target)
 
     def update(
         self,
@@ -73,7 +76,9 @@ class TritonBackend:
         rule: BaseRule,
         evaluations: int,
         *,
-        check_second: bool,
+        required: int,
+        checked: int,
+        keep_point: bool,
         count_skipped: bool,
     ) -> None:
         """Restore w, step the base rule and subtract the decoupled term."""
@@ -85,7 +90,9 @@ class TritonBackend:
                 self.programs(tensors, per_processor),
                 rule,
                 evaluations,
-                check_second=check_second and evaluations > 1,
+                required=required,
+                checked=checked,
+                keep_point=keep_point,
                 count_skipped=count_skipped,
             )
 

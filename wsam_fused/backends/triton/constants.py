@@ -10,7 +10,7 @@ import torch
 import triton.language as tl  # type: ignore[import-untyped]
 
 from wsam_fused.base_rules import BaseRule
-from wsam_fused.plan import Geometry, GroupRow, Slot, TableRow
+from wsam_fused.plan import Geometry, GroupRow, Point, Slot, TableRow
 
 
 def _named(names: Iterable[str]) -> Any:
@@ -27,10 +27,14 @@ ROW = _named(row.name for row in TableRow)
 COLUMN = _named(GroupRow._fields)
 COLUMNS = tl.constexpr(len(GroupRow._fields))
 SLOT = _named(slot.name for slot in Slot)
-# Of a list, as in csrc/plan.h: is it perturbed?, and how many programs are done.
-FLAG = _named(["PERTURBED", "ARRIVED"])
+# Of a list, as in csrc/plan.h: the point where it is, and how many programs are done.
+FLAG = _named(["AT", "ARRIVED"])
+POINT = _named(point.name for point in Point)
 RULES = _named(rule.name for rule in BaseRule)
-ADAPTIVE = tl.constexpr(int(Geometry.ADAPTIVE))
+# What a perturbation goes along: M g1 of a metric, or the noise of the probe.
+DIRECTION = _named([*(geometry.name for geometry in Geometry), "NOISE"])
+# What the first of the two sums of reduce is of: g^2, M g^2 or g1 g.
+PAIRING = _named([*(geometry.name for geometry in Geometry), "WITH_FIRST"])
 
 LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
@@ -54,9 +58,12 @@ AT_RUN_TIME = [
     "tensors",
     "chunks",
     "chunk_size",
+    "target",
     "gradient",
     "accumulate",
-    "check_second",
+    "required",
+    "checked",
+    "keep_point",
     "count_skipped",
 ]
 TRITON_DTYPES = {

@@ -14,10 +14,11 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from wsam_fused.backends.triton.constants import (
-    ADAPTIVE,
     COLUMN,
+    DIRECTION,
     LARGEST_DOUBLE,
     LARGEST_FLOAT,
+    POINT,
     RULES,
     SLOT,
 )
@@ -59,14 +60,25 @@ def larger(a, b):
 
 
 @triton.jit
-def ascent_scale(metric_sq, group, T: tl.constexpr):
-    """Rho / (norm + eps) with its sign, and 0 where the norm is 0.
+def metric(w, g, eta, GEOMETRY: tl.constexpr, T: tl.constexpr):
+    """The metric M, for the geometries that have one."""
+    if GEOMETRY == DIRECTION.value.ADAPTIVE:
+        size = tl.abs(w) + eta
+        m = size * size
+    else:
+        one = tl.full((), 1.0, T)
+        m = divided(one, tl.fma(eta * g, g, one), T)
+    return m
+
+
+@triton.jit
+def step_to_radius(metric_sq, radius, group, T: tl.constexpr):
+    """Radius / (norm + eps) with its sign, and 0 where the norm is 0.
 
     A scale beyond the range of T is held at its largest finite value.
     """
     norm = tl.sqrt(metric_sq)
-    ratio = tl.load(group + COLUMN.value.rho) / (norm + tl.load(group + COLUMN.value.ascent_eps))
-    scale = tl.where(norm > 0, ratio, 0.0)
+    scale = tl.where(norm > 0, radius / (norm + tl.load(group + COLUMN.value.ascent_eps)), 0.0)
     if T == tl.float64:
         scale = tl.where(scale < LARGEST_DOUBLE, scale, LARGEST_DOUBLE)
     else:
@@ -75,10 +87,24 @@ def ascent_scale(metric_sq, group, T: tl.constexpr):
 
 
 @triton.jit
-def perturbed(w, g, scale, GEOMETRY: tl.constexpr):
-    """P = fma(s, M g, w); the metric M is w^2 or 1."""
-    if GEOMETRY == ADAPTIVE:
-        g = w * w * g
+def scale_at(point, scalars, group, T: tl.constexpr):
+    """What M g1, or the noise, is multiplied by to get from w to a point."""
+    metric_sq = tl.load(scalars + SLOT.value.METRIC_SQ)
+    ascends = point == POINT.value.ASCENT
+    radius = tl.load(group + tl.where(ascends, COLUMN.value.rho, COLUMN.value.rho_descent))
+    scale = step_to_radius(metric_sq, radius, group, T)
+    scale = tl.where(ascends, scale, -scale)
+    delta = tl.load(group + COLUMN.value.delta).to(T)
+    zero = tl.zeros((), T)
+    scale = tl.where(point == POINT.value.PROBE, delta, scale)
+    return tl.where(point == POINT.value.WEIGHTS, zero, scale)
+
+
+@triton.jit
+def perturbed(w, g, scale, eta, GEOMETRY: tl.constexpr, T: tl.constexpr):
+    """P = fma(s, M g, w)."""
+    if GEOMETRY == DIRECTION.value.ADAPTIVE or GEOMETRY == DIRECTION.value.FISHER:
+        g = metric(w, g, eta, GEOMETRY, T) * g
     return tl.fma(scale, g, w)
 
 
@@ -86,6 +112,34 @@ def perturbed(w, g, scale, GEOMETRY: tl.constexpr):
 def recomputed(p, g, scale):
     """W = fma(-s, g, p): only where the metric is 1. A scale of 0 leaves p, bit for bit."""
     return tl.where(scale != 0, tl.fma(-scale, g, p), p)
+
+
+# ---- noise --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def hashed(x):
+    """The hash of ``csrc/math.h``; x is uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def noise_of_tensor(scalars, key):
+    """What the noise of a tensor begins with."""
+    seed = tl.load(scalars + SLOT.value.SEED).to(tl.int64)
+    low = hashed(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32)
+    return hashed(hashed(low) + key.to(tl.uint32))
+
+
+@triton.jit
+def noise_at(of_tensor, begin, index, T: tl.constexpr):
+    """-1 or 1 for the elements ``index`` behind ``begin``, a multiple of 32."""
+    place = (begin >> 5).to(tl.uint32) + (index >> 5).to(tl.uint32)
+    word = hashed(of_tensor + place * 0x9E3779B9)
+    one = tl.full((), 1.0, T)
+    return tl.where(((word >> (index & 31).to(tl.uint32)) & 1) != 0, one, -one)
 
 
 # ---- the coefficients of a step -----------------------------------------------------------------
@@ -103,12 +157,13 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
-def all_finite(scalars, check_second):
-    """Whether all norms are finite; a step in which one is not updates nothing."""
-    finite = is_finite(tl.load(scalars + SLOT.value.METRIC_SQ)) & is_finite(
-        tl.load(scalars + SLOT.value.GRAD1_SQ)
-    )
-    return finite & (is_finite(tl.load(scalars + SLOT.value.GRAD2_SQ)) | (check_second == 0))
+def all_finite(scalars, checked):
+    """Whether the norms are finite that are known; a step in which one is not updates nothing."""
+    finite = is_finite(tl.load(scalars + SLOT.value.METRIC_SQ))
+    finite = (finite & is_finite(tl.load(scalars + SLOT.value.GRAD1_SQ))) | (checked & 1 == 0)
+    second = is_finite(tl.load(scalars + SLOT.value.GRAD2_SQ)) | (checked & 2 == 0)
+    third = is_finite(tl.load(scalars + SLOT.value.GRAD3_SQ)) | (checked & 4 == 0)
+    return finite & second & third
 
 
 @triton.jit
@@ -125,13 +180,14 @@ def coefficients(group, scalars, T: tl.constexpr):
     max_norm = tl.load(group + COLUMN.value.max_norm)
     first = sign * clip_factor(tl.load(scalars + SLOT.value.GRAD1_SQ), max_norm)
     second = sign * clip_factor(tl.load(scalars + SLOT.value.GRAD2_SQ), max_norm)
+    third = sign * clip_factor(tl.load(scalars + SLOT.value.GRAD3_SQ), max_norm)
     return Coefficients(
         (tl.load(group + COLUMN.value.h1) * first).to(T),
         (tl.load(group + COLUMN.value.h2) * second).to(T),
-        (tl.load(group + COLUMN.value.h3) * sign).to(T),
+        (tl.load(group + COLUMN.value.h3) * third).to(T),
         (tl.load(group + COLUMN.value.d1) * first).to(T),
         (tl.load(group + COLUMN.value.d2) * second).to(T),
-        (tl.load(group + COLUMN.value.d3) * sign).to(T),
+        (tl.load(group + COLUMN.value.d3) * third).to(T),
     )
 
 

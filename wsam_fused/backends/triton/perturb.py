@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""perturb: to the ascent point, and back."""
+"""perturb: from one point to another."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -11,8 +11,11 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 from wsam_fused.backends.triton.constants import (
     AT_RUN_TIME,
+    COLUMN,
     COLUMNS,
+    DIRECTION,
     FLAG,
+    POINT,
     REST,
     ROW,
     SLOT,
@@ -22,10 +25,12 @@ from wsam_fused.backends.triton.constants import (
     options,
 )
 from wsam_fused.backends.triton.math import (
-    ascent_scale,
     is_finite,
+    noise_at,
+    noise_of_tensor,
     perturbed,
     recomputed,
+    scale_at,
 )
 from wsam_fused.backends.triton.walk import (
     address,
@@ -37,10 +42,10 @@ from wsam_fused.backends.triton.walk import (
     store,
     whole_blocks,
 )
-from wsam_fused.plan import Geometry
+from wsam_fused.plan import Geometry, Point
 from wsam_fused.tensor_list import TensorList
 
-PROGRAMS_PER_PROCESSOR = 6
+PROGRAMS_PER_PROCESSOR = 5
 
 
 @triton.jit
@@ -65,11 +70,12 @@ def restore_block(
 
 
 @triton.jit
-def _perturb_block(
+def _move_block(
     p,
+    source,
     backup,
     g1,
-    scale,
+    move,
     index,
     count,
     P: tl.constexpr,
@@ -79,19 +85,38 @@ def _perturb_block(
     HAS_BACKUP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    w = load(p, index, count, P, T, WHOLE)
-    g = load(g1, index, count, G, T, WHOLE)
-    if HAS_BACKUP:  # may be the memory of g1, which has been read
-        store(backup, index, count, w, P, WHOLE)
-    store(p, index, count, perturbed(w, g, scale, GEOMETRY), P, WHOLE)
+    """To another point than w."""
+    w = load(source, index, count, P, T, WHOLE)
+    if GEOMETRY == DIRECTION.value.NOISE:
+        g = noise_at(move.noise, move.begin, index, T)
+    else:
+        g = load(g1, index, count, G, T, WHOLE)
+    if HAS_BACKUP:
+        if move.keeps:  # in memory that may be that of g1, which has been read
+            store(backup, index, count, w, P, WHOLE)
+    else:
+        w = recomputed(w, g, move.scale_from)
+    store(p, index, count, perturbed(w, g, move.scale_to, move.eta, GEOMETRY, T), P, WHOLE)
+
+
+class Move(NamedTuple):
+    """What is the same for all elements of a segment."""
+
+    scale_from: Any
+    scale_to: Any
+    eta: Any
+    keeps: Any  # whether w is copied to the backup
+    noise: Any
+    begin: Any
 
 
 @triton.jit
-def _move_block(
+def _block(
     p,
+    source,
     backup,
     g1,
-    scale,
+    move,
     index,
     count,
     P: tl.constexpr,
@@ -99,16 +124,23 @@ def _move_block(
     T: tl.constexpr,
     GEOMETRY: tl.constexpr,
     HAS_BACKUP: tl.constexpr,
-    UNDO: tl.constexpr,
+    TO_WEIGHTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    if UNDO:
-        source = p
-        if HAS_BACKUP:
-            source = backup
-        restore_block(p, source, g1, scale, index, count, P, G, T, HAS_BACKUP, WHOLE)
+    if TO_WEIGHTS:
+        restore_block(p, source, g1, move.scale_from, index, count, P, G, T, HAS_BACKUP, WHOLE)
     else:
-        _perturb_block(p, backup, g1, scale, index, count, P, G, T, GEOMETRY, HAS_BACKUP, WHOLE)
+        _move_block(p, source, backup, g1, move, index, count, P, G, T, GEOMETRY, HAS_BACKUP, WHOLE)
+
+
+@triton.jit
+def _can_move(scalars, at, target):
+    """Without a finite norm there is no way to the points that it scales."""
+    by_gradient = (target == POINT.value.ASCENT) | (target == POINT.value.DESCENT)
+    by_noise = (target == POINT.value.PROBE) | (at == POINT.value.PROBE)
+    from_or_to_w = (target == POINT.value.WEIGHTS) | (at == POINT.value.WEIGHTS)
+    finite = is_finite(tl.load(scalars + SLOT.value.METRIC_SQ))
+    return (at != target) & (finite | (by_gradient == 0)) & (from_or_to_w | (by_noise == 0))
 
 
 @triton.jit(do_not_specialize=AT_RUN_TIME)
@@ -121,27 +153,29 @@ def _perturb_kernel(
     tensors,
     chunks,
     chunk_size,
+    target,
     P: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     GEOMETRY: tl.constexpr,
     HAS_BACKUP: tl.constexpr,
-    UNDO: tl.constexpr,
+    TO_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """P <- fma(s, M(w) g1, w) with s = sign * rho / (norm + eps), or with UNDO the way back.
+    """From the point where the parameters are (FLAG.AT) to the point ``target``.
 
     operand  row      access
     p        kParam   read and written
-    g1       kGrad1   read           a tensor whose address is 0 is left alone
-    backup   kBackup  written, read by UNDO; only with HAS_BACKUP, else w is recomputed. May be
-                      g1's own memory where the method does not need g1 any more.
+    g1       kGrad1   read; not for noise. A tensor whose address is 0 is left alone
+    backup   kBackup  only with HAS_BACKUP, else w is recomputed; written where w is left, read
+                      afterwards. May be g1's own memory where the method does not need g1 any
+                      more.
 
-    Moves 3 elements per parameter, 4 with a backup. A norm that is not finite leaves the list
-    alone. flags[kPerturbed] says afterwards what is in p; UNDO does nothing where it is 0.
+    Moves 3 elements per parameter, 4 where a backup is written. A norm that is not finite leaves
+    the list alone: FLAG.AT says afterwards where it is.
     """
-    metric_sq = tl.load(scalars + SLOT.value.METRIC_SQ)
-    active = is_finite(metric_sq) & ((tl.load(flags + FLAG.value.PERTURBED) != 0) == UNDO)
+    at = tl.load(flags + FLAG.value.AT).to(tl.int32)
+    active = _can_move(scalars, at, target)
     chunk = tl.where(active, tl.program_id(0), chunks)
     while chunk < chunks:
         tensor = tl.load(first_tensor + chunk).to(tl.int32)
@@ -149,32 +183,49 @@ def _perturb_kernel(
         while tensor <= last:
             begin, count = segment(table, tensors, tensor, chunk, chunk_size)
             p = address(table, ROW.value.PARAM, tensors, tensor, begin, P)
-            g1 = address(table, ROW.value.GRAD1, tensors, tensor, begin, G)
-            backup = p
+            g1, source, backup = p, p, p
+            if GEOMETRY != DIRECTION.value.NOISE:
+                g1 = address(table, ROW.value.GRAD1, tensors, tensor, begin, G)
+            group = groups + cell(table, ROW.value.GROUP, tensors, tensor) * COLUMNS
+            scale_from = tl.zeros((), T)
             if HAS_BACKUP:
                 backup = address(table, ROW.value.BACKUP, tensors, tensor, begin, P)
-            group = groups + cell(table, ROW.value.GROUP, tensors, tensor) * COLUMNS
-            scale = ascent_scale(metric_sq, group, T)
-            count = tl.where(g1 == 0, 0, count)
-            whole = whole_blocks(p | g1 | backup, count, BLOCK)
+                source = tl.where(at == POINT.value.WEIGHTS, p, backup)
+            else:
+                scale_from = scale_at(at, scalars, group, T)
+            moves = (g1 != 0) | (at == POINT.value.PROBE)
+            move = Move(
+                scale_from,
+                scale_at(target, scalars, group, T),
+                tl.load(group + COLUMN.value.eta).to(T),
+                at == POINT.value.WEIGHTS,
+                noise_of_tensor(scalars, cell(table, ROW.value.KEY, tensors, tensor)),
+                begin,
+            )
+            count = tl.where(moves, count, 0)
+            whole = whole_blocks(p | g1 | source | backup, count, BLOCK)
+            # fmt: off
             for i in range(0, whole, BLOCK):
                 index = i + tl.arange(0, BLOCK)
-                _move_block(
-                    p, backup, g1, scale, index, count, P, G, T, GEOMETRY, HAS_BACKUP, UNDO, True
+                _block(
+                    p, source, backup, g1, move, index, count,
+                    P, G, T, GEOMETRY, HAS_BACKUP, TO_WEIGHTS, True,
                 )
             for i in range(whole, count, REST):
                 index = i + tl.arange(0, REST)
-                _move_block(
-                    p, backup, g1, scale, index, count, P, G, T, GEOMETRY, HAS_BACKUP, UNDO, False
+                _block(
+                    p, source, backup, g1, move, index, count,
+                    P, G, T, GEOMETRY, HAS_BACKUP, TO_WEIGHTS, False,
                 )
+            # fmt: on
             tensor += 1
         chunk += tl.num_programs(0)
     # Only now does no other program read the flag any more.
     if is_last_program(flags) & active:
-        tl.store(flags + FLAG.value.PERTURBED, 0.0 if UNDO else 1.0)
+        tl.store(flags + FLAG.value.AT, target.to(tl.float64))
 
 
-def launch(tensors: TensorList, programs: int, *, undo: bool) -> None:
+def launch(tensors: TensorList, programs: int, target: Point) -> None:
     """Launch on the current stream of the current device, without waiting for anything."""
     table = tensors.table
     assert table is not None
@@ -187,13 +238,14 @@ def launch(tensors: TensorList, programs: int, *, undo: bool) -> None:
         table.table.shape[1],
         table.chunks.shape[0],
         table.chunk_size,
+        int(target),
         **operands(
             tensors.key.dtype,
             tensors.grad_dtype,
             tensors.key.geometry,
             table.chunk_size,
             has_backup=tensors.backups is not None,
-            undo=undo,
+            target=target,
         ),
         **options(PROGRAMS_PER_PROCESSOR),
     )
@@ -206,16 +258,18 @@ def operands(
     chunk_size: int,
     *,
     has_backup: bool,
-    undo: bool,
+    target: Point,
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
+    to_weights = target == Point.WEIGHTS
+    direction = DIRECTION.value.NOISE if target == Point.PROBE else int(geometry)
     return {
         "P": TRITON_DTYPES[dtype],
-        "G": TRITON_DTYPES[grad_dtype],
+        "G": TRITON_DTYPES[dtype if target == Point.PROBE else grad_dtype],
         "T": TRITON_DTYPES[compute_dtype(dtype)],
-        # The way back reads no metric.
-        "GEOMETRY": int(Geometry.EUCLIDEAN if undo else geometry),
+        # The way back knows no metric.
+        "GEOMETRY": int(Geometry.EUCLIDEAN) if to_weights else direction,
         "HAS_BACKUP": has_backup,
-        "UNDO": undo,
+        "TO_WEIGHTS": to_weights,
         "BLOCK": block_size(dtype, chunk_size),
     }

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""reduce: sums of squares of one gradient list, in float64, into the scalars."""
+"""reduce: two sums over one gradient list, in float64, into the scalars."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from wsam_fused.backends.triton.constants import (
-    ADAPTIVE,
     AT_RUN_TIME,
+    COLUMN,
+    COLUMNS,
+    PAIRING,
     REST,
     ROW,
     SLOT,
@@ -19,8 +21,10 @@ from wsam_fused.backends.triton.constants import (
     block_size,
     options,
 )
+from wsam_fused.backends.triton.math import metric
 from wsam_fused.backends.triton.walk import (
     address,
+    cell,
     is_last_program,
     last_tensor,
     load,
@@ -30,38 +34,43 @@ from wsam_fused.backends.triton.walk import (
 from wsam_fused.plan import Geometry, TableRow
 from wsam_fused.tensor_list import TensorList
 
-PROGRAMS_PER_PROCESSOR = 4
 # Vectors of a thread: more of the memory's latency is hidden by two than by one.
 _LOADS = 2
 _PARTIALS = 1024
 
 
 @triton.jit
-def _add_squares(
-    metric_sq,
+def _add_products(
+    first,
     plain_sq,
     g_start,
-    w_start,
+    other_start,
+    eta,
     index,
     count,
     P: tl.constexpr,
     G: tl.constexpr,
-    GEOMETRY: tl.constexpr,
+    PAIR: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Add M g^2 and g^2 of one block to the sums, lane by lane."""
+    """Add the two products of one block to the sums, lane by lane."""
     g = load(g_start, index, count, G, tl.float64, WHOLE)
     plain_sq = tl.fma(g, g, plain_sq)
-    if GEOMETRY == ADAPTIVE:
-        w = load(w_start, index, count, P, tl.float64, WHOLE)
-        metric_sq = tl.fma(w * w * g, g, metric_sq)
-    return metric_sq, plain_sq
+    if PAIR == PAIRING.value.WITH_FIRST:
+        first = tl.fma(load(other_start, index, count, P, tl.float64, WHOLE), g, first)
+    elif PAIR == PAIRING.value.ADAPTIVE:
+        w = load(other_start, index, count, P, tl.float64, WHOLE)
+        first = tl.fma(metric(w, g, eta, PAIR, tl.float64) * g, g, first)
+    elif PAIR == PAIRING.value.FISHER:
+        first = tl.fma(metric(g, g, eta, PAIR, tl.float64) * g, g, first)
+    return first, plain_sq
 
 
 @triton.jit
 def _sums_of_chunk(
     table,
     first_tensor,
+    groups,
     tensors,
     chunk,
     chunk_size,
@@ -69,56 +78,61 @@ def _sums_of_chunk(
     gradient,
     P: tl.constexpr,
     G: tl.constexpr,
-    GEOMETRY: tl.constexpr,
+    PAIR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of M g^2 and g^2 over one chunk."""
-    metric_sq = tl.zeros((BLOCK,), tl.float64)
+    """The two sums over one chunk."""
+    first = tl.zeros((BLOCK,), tl.float64)
     plain_sq = tl.zeros((BLOCK,), tl.float64)
-    metric_rest = tl.zeros((REST,), tl.float64)
+    first_rest = tl.zeros((REST,), tl.float64)
     plain_rest = tl.zeros((REST,), tl.float64)
     tensor = tl.load(first_tensor + chunk).to(tl.int32)
     while tensor <= last:
         begin, count = segment(table, tensors, tensor, chunk, chunk_size)
         g = address(table, gradient, tensors, tensor, begin, G)
-        w = g
-        if GEOMETRY == ADAPTIVE:
-            w = address(table, ROW.value.PARAM, tensors, tensor, begin, P)
-        count = tl.where(g == 0, 0, count)
-        whole = whole_blocks(g | w, count, BLOCK)
+        other = g
+        if PAIR == PAIRING.value.ADAPTIVE:
+            other = address(table, ROW.value.PARAM, tensors, tensor, begin, P)
+        elif PAIR == PAIRING.value.WITH_FIRST:
+            other = address(table, ROW.value.GRAD1, tensors, tensor, begin, P)
+        count = tl.where((g == 0) | (other == 0), 0, count)
+        eta = tl.load(
+            groups + cell(table, ROW.value.GROUP, tensors, tensor) * COLUMNS + COLUMN.value.eta
+        )
+        whole = whole_blocks(g | other, count, BLOCK)
         for i in range(0, whole, BLOCK):
             index = i + tl.arange(0, BLOCK)
-            metric_sq, plain_sq = _add_squares(
-                metric_sq, plain_sq, g, w, index, count, P, G, GEOMETRY, True
+            first, plain_sq = _add_products(
+                first, plain_sq, g, other, eta, index, count, P, G, PAIR, True
             )
         for i in range(whole, count, REST):
             index = i + tl.arange(0, REST)
-            metric_rest, plain_rest = _add_squares(
-                metric_rest, plain_rest, g, w, index, count, P, G, GEOMETRY, False
+            first_rest, plain_rest = _add_products(
+                first_rest, plain_rest, g, other, eta, index, count, P, G, PAIR, False
             )
         tensor += 1
     plain = tl.sum(plain_sq, 0) + tl.sum(plain_rest, 0)
-    metric = plain
-    if GEOMETRY == ADAPTIVE:
-        metric = tl.sum(metric_sq, 0) + tl.sum(metric_rest, 0)
-    return metric, plain
+    total = plain
+    if PAIR != PAIRING.value.EUCLIDEAN:
+        total = tl.sum(first, 0) + tl.sum(first_rest, 0)
+    return total, plain
 
 
 @triton.jit
 def _sum_of_partials(partials, chunks, BLOCK: tl.constexpr):
     """The sums over all chunks, in an order that depends on their number only."""
-    metric_sq = tl.zeros((BLOCK,), tl.float64)
+    first_sum = tl.zeros((BLOCK,), tl.float64)
     plain_sq = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, chunks, BLOCK):
-        chunk = first + tl.arange(0, BLOCK)
+    for begin in range(0, chunks, BLOCK):
+        chunk = begin + tl.arange(0, BLOCK)
         # From the cache that all processors share: other programs wrote these.
-        metric_sq += tl.load(
+        first_sum += tl.load(
             partials + 2 * chunk, mask=chunk < chunks, other=0.0, cache_modifier=".cg"
         )
         plain_sq += tl.load(
             partials + 2 * chunk + 1, mask=chunk < chunks, other=0.0, cache_modifier=".cg"
         )
-    return tl.sum(metric_sq, 0), tl.sum(plain_sq, 0)
+    return tl.sum(first_sum, 0), tl.sum(plain_sq, 0)
 
 
 @triton.jit
@@ -130,6 +144,7 @@ def _put(slot, total, accumulate):
 def _reduce_kernel(
     table,
     first_tensor,
+    groups,
     partials,
     scalars,
     flags,
@@ -140,51 +155,55 @@ def _reduce_kernel(
     accumulate,
     P: tl.constexpr,
     G: tl.constexpr,
-    GEOMETRY: tl.constexpr,
+    PAIR: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
-    """scalars[kMetricSq] = sum M(w) g^2 (for g1 only), scalars[kGrad1Sq or kGrad2Sq] = sum g^2.
+    """Write two sums over one gradient list, or add them (accumulate).
 
-    Or += for further lists (accumulate).
+    first gradient    scalars[kMetricSq] = sum M(w, g) g^2,   scalars[kGrad1Sq] = sum g^2
+    others            scalars[kDot12] = sum g1 g (WITH_FIRST), scalars[kGrad2Sq or 3] = sum g^2
 
     operand   row               access
-    gradient  kGrad1 or kGrad2  read     a tensor whose address is 0 is left out
+    gradient  kGrad1..kGrad3    read     a tensor whose address is 0 is left out
     w         kParam            read     only for the adaptive geometry
+    g1        kGrad1            read     only WITH_FIRST; likewise
 
-    Moves 1 element per parameter, 2 for the adaptive geometry. One pair of partial sums per chunk,
-    which the program that is last adds: nothing depends on the number of programs.
+    Moves 1 element per parameter, 2 where another operand is read. One pair of partial sums per
+    chunk, which the program that is last adds: nothing depends on the number of programs.
     """
     chunk = tl.program_id(0)
     while chunk < chunks:
         last = last_tensor(first_tensor, chunk, tensors, chunks)
-        metric_sq, plain_sq = _sums_of_chunk(
-            table, first_tensor, tensors, chunk, chunk_size, last, gradient, P, G, GEOMETRY, BLOCK
+        # fmt: off
+        first, plain_sq = _sums_of_chunk(
+            table, first_tensor, groups, tensors, chunk, chunk_size, last, gradient,
+            P, G, PAIR, BLOCK,
         )
-        tl.store(partials + 2 * chunk, metric_sq)
+        # fmt: on
+        tl.store(partials + 2 * chunk, first)
         tl.store(partials + 2 * chunk + 1, plain_sq)
         chunk += tl.num_programs(0)
     if is_last_program(flags):
-        metric_total, plain_total = _sum_of_partials(partials, chunks, PARTIALS)
+        first_total, plain_total = _sum_of_partials(partials, chunks, PARTIALS)
         if gradient == ROW.value.GRAD1:
-            _put(scalars + SLOT.value.METRIC_SQ, metric_total, accumulate)
-            _put(scalars + SLOT.value.GRAD1_SQ, plain_total, accumulate)
-        else:
-            _put(scalars + SLOT.value.GRAD2_SQ, plain_total, accumulate)
+            _put(scalars + SLOT.value.METRIC_SQ, first_total, accumulate)
+        if PAIR == PAIRING.value.WITH_FIRST:
+            _put(scalars + SLOT.value.DOT12, first_total, accumulate)
+        plain_slot = SLOT.value.GRAD1_SQ + gradient - ROW.value.GRAD1
+        _put(scalars + plain_slot, plain_total, accumulate)
 
 
-def launch(tensors: TensorList, programs: int, gradient: TableRow, *, accumulate: bool) -> None:
+def launch(
+    tensors: TensorList, programs: int, gradient: TableRow, pairing: int, *, accumulate: bool
+) -> None:
     """Launch on the current stream of the current device, without waiting for anything."""
     table = tensors.table
     assert table is not None
-    key = tensors.key
-    adaptive = key.geometry == Geometry.ADAPTIVE and gradient == TableRow.GRAD1
-    # Without the metric the parameters are not read: one kernel for each type of gradient.
-    dtype = key.dtype if adaptive else tensors.grad_dtype
-    geometry = Geometry.ADAPTIVE if adaptive else Geometry.EUCLIDEAN
     _reduce_kernel[(programs,)](
         table.table,
         table.chunks,
+        tensors.shared.groups,
         table.partials,
         tensors.shared.scalars,
         tensors.flags,
@@ -193,21 +212,44 @@ def launch(tensors: TensorList, programs: int, gradient: TableRow, *, accumulate
         table.chunk_size,
         int(gradient),
         int(accumulate),
-        **operands(dtype, tensors.grad_dtype, geometry, table.chunk_size),
-        **options(PROGRAMS_PER_PROCESSOR),
+        **operands(tensors.key.dtype, tensors.grad_dtype, pairing, table.chunk_size),
+        **options(programs_per_processor(tensors.grad_dtype, pairing)),
     )
 
 
+def _sums_squares(pairing: int) -> bool:
+    """Whether there is one operand, and nothing but its squares to sum."""
+    return bool(pairing == PAIRING.value.EUCLIDEAN)
+
+
+def programs_per_processor(grad_dtype: torch.dtype, pairing: int) -> int:
+    """How many share a multiprocessor: as many as leave them the registers that they need.
+
+    A vector of gradients of 16 bits is eight numbers of float64, and sixteen with another operand.
+    """
+    if _sums_squares(pairing):
+        return 4
+    return 2 if grad_dtype.itemsize == 2 else 3
+
+
+def pairing_of(gradient: TableRow, geometry: Geometry, *, with_first: bool) -> int:
+    """Return what the first of the two sums is of."""
+    if gradient == TableRow.GRAD1:
+        return int(geometry)
+    return int(PAIRING.value.WITH_FIRST if with_first else PAIRING.value.EUCLIDEAN)
+
+
 def operands(
-    dtype: torch.dtype, grad_dtype: torch.dtype, geometry: Geometry, chunk_size: int
+    dtype: torch.dtype, grad_dtype: torch.dtype, pairing: int, chunk_size: int
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
-    operands_read = 2 if geometry == Geometry.ADAPTIVE else 1
-    widest = max(dtype, grad_dtype, key=lambda d: d.itemsize)
+    # Where the parameters are not read, one kernel for each type of gradient.
+    other = dtype if pairing == PAIRING.value.ADAPTIVE else grad_dtype
+    widest = max(other, grad_dtype, key=lambda d: d.itemsize)
     return {
-        "P": TRITON_DTYPES[dtype],
+        "P": TRITON_DTYPES[other],
         "G": TRITON_DTYPES[grad_dtype],
-        "GEOMETRY": int(geometry),
-        "BLOCK": block_size(widest, chunk_size, _LOADS // operands_read),
+        "PAIR": pairing,
+        "BLOCK": block_size(widest, chunk_size, _LOADS if _sums_squares(pairing) else 1),
         "PARTIALS": _PARTIALS,
     }

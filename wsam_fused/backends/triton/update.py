@@ -12,7 +12,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from wsam_fused.backends.triton.constants import (
     AT_RUN_TIME,
     FLAG,
+    POINT,
     ROW,
+    RULES,
     SLOT,
     TRITON_DTYPES,
     block_size,
@@ -22,7 +24,7 @@ from wsam_fused.backends.triton.constants import (
 from wsam_fused.backends.triton.math import all_finite
 from wsam_fused.backends.triton.update_segment import (
     Step,
-    has_all_gradients,
+    has_gradients,
     step_segment,
     tensor_scalars,
 )
@@ -47,22 +49,22 @@ def _finish(
     tensors,
     step,
     count_skipped,
-    EVALUATIONS: tl.constexpr,
+    RULE: tl.constexpr,
     TENSORS: tl.constexpr,
 ):
     """Count the step, when no other program reads what is written here."""
     if step.skipped:
         if count_skipped != 0:
             tl.store(scalars + SLOT.value.SKIPPED, tl.load(scalars + SLOT.value.SKIPPED) + 1.0)
-    else:
+    elif RULE != RULES.value.NONE:
         for first in range(0, tensors, TENSORS):
             tensor = first + tl.arange(0, TENSORS)
             there = tensor < tensors
             # Lanes behind the last tensor ask for it again, and write nothing.
-            has = has_all_gradients(table, tensors, tl.minimum(tensor, tensors - 1), EVALUATIONS)
+            has = has_gradients(table, tensors, tl.minimum(tensor, tensors - 1), step.required)
             age = tl.load(steps + tensor, mask=there, other=0.0)
             tl.store(steps + tensor, age + 1.0, mask=there & has)
-    tl.store(flags + FLAG.value.PERTURBED, 0.0)
+    tl.store(flags + FLAG.value.AT, 0.0)
 
 
 @triton.jit(do_not_specialize=AT_RUN_TIME)
@@ -76,7 +78,9 @@ def _update_kernel(
     tensors,
     chunks,
     chunk_size,
-    check_second,
+    required,
+    checked,
+    keep_point,
     count_skipped,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -87,26 +91,29 @@ def _update_kernel(
     BLOCK: tl.constexpr,
     TENSORS: tl.constexpr,
 ):
-    """From w = fma(-s, g1, p), or the backup, to w' = rule(w, h; state) - lr d.
+    """From w = fma(-s, g1, p), the backup, or p itself, to w' = rule(w, h; state) - lr d.
 
     h = sum of h_k g_k, d = sum of d_k g_k; sign and clipping are in the coefficients.
 
     operand  row             access
-    p        kParam          read (where w is recomputed or was not perturbed) and written
-    g1..g3   kGrad1..kGrad3  as many as EVALUATIONS; read; written by NONE: h into g1, d into g2
+    p        kParam          read (where w is recomputed or p itself) and written
+    g1..g3   kGrad1..kGrad3  as many as EVALUATIONS; read; written by NONE: h into g1, d into g2,
+                             h into g2 where there is no g1
     backup   kBackup         read, only with HAS_BACKUP
     state    kState1..3      read and written, float32 or float64
-    steps    -               float32, one per tensor: read, and 1 added where it was updated
+    steps    -               float32, one per tensor: read, and 1 added where a rule was stepped
 
-    Moves 8 elements per parameter with Adam, 6 with momentum. A tensor that lacks one of the
-    gradients is restored and not updated; a step with a norm that is not finite updates nothing.
+    Moves 8 elements per parameter with Adam, 6 with momentum. A tensor that lacks a required
+    gradient is restored and not updated; a step with a norm that is not finite updates nothing.
     """
-    step = Step(all_finite(scalars, check_second) == 0, tl.load(flags + FLAG.value.PERTURBED) != 0)
+    at = tl.load(flags + FLAG.value.AT).to(tl.int32)
+    step = Step(all_finite(scalars, checked) == 0, at, required, keep_point)
     # Of the tensor that comes first, unless the table is not walked at all.
     tensor = tl.load(first_tensor + tl.program_id(0)).to(tl.int32)
     group = cell(table, ROW.value.GROUP, tensors, tensor).to(tl.int32)
-    known = tensor_scalars(groups, scalars, group, tl.load(steps + tensor), T, RULE)
-    chunk = tl.where(step.skipped & (step.perturbed == 0), chunks, tl.program_id(0))
+    known = tensor_scalars(groups, scalars, group, tl.load(steps + tensor), at, T, RULE)
+    unmoved = at == POINT.value.WEIGHTS
+    chunk = tl.where(step.skipped & unmoved, chunks, tl.program_id(0))
     while chunk < chunks:
         tensor = tl.load(first_tensor + chunk).to(tl.int32)
         last = last_tensor(first_tensor, chunk, tensors, chunks)
@@ -114,7 +121,7 @@ def _update_kernel(
             group = cell(table, ROW.value.GROUP, tensors, tensor).to(tl.int32)
             age = tl.load(steps + tensor)
             if (group != known.group) | (age != known.age):
-                known = tensor_scalars(groups, scalars, group, age, T, RULE)
+                known = tensor_scalars(groups, scalars, group, age, at, T, RULE)
             begin, count = segment(table, tensors, tensor, chunk, chunk_size)
             # fmt: off
             step_segment(
@@ -126,7 +133,7 @@ def _update_kernel(
         chunk += tl.num_programs(0)
     # Only now does no other program read the flags, the steps and the scalars any more.
     if is_last_program(flags):
-        _finish(table, scalars, flags, steps, tensors, step, count_skipped, EVALUATIONS, TENSORS)
+        _finish(table, scalars, flags, steps, tensors, step, count_skipped, RULE, TENSORS)
 
 
 def programs_per_processor(dtype: torch.dtype, rule: BaseRule) -> int:
@@ -145,7 +152,9 @@ def launch(
     rule: BaseRule,
     evaluations: int,
     *,
-    check_second: bool,
+    required: int,
+    checked: int,
+    keep_point: bool,
     count_skipped: bool,
 ) -> None:
     """Launch on the current stream of the current device, without waiting for anything."""
@@ -161,7 +170,9 @@ def launch(
         table.table.shape[1],
         table.chunks.shape[0],
         table.chunk_size,
-        int(check_second),
+        required,
+        checked,
+        int(keep_point),
         int(count_skipped),
         **operands(
             tensors.key.dtype,

@@ -107,8 +107,9 @@ def _update_block(
     if not HAS_BACKUP:
         w = recomputed(w, g1, scale)
     if RULE == RULES.value.NONE:
+        if EVALUATIONS > 1:  # first: where there is no g1, h takes the place of g2
+            store(at.g2, index, count, d, G, WHOLE)
         store(at.g1, index, count, h, G, WHOLE)
-        store(at.g2, index, count, d, G, WHOLE)
     else:
         w = _step_rule(w, h, s, at, index, count, T, RULE, WHOLE)
         w = tl.fma(-s.lr, d, w)

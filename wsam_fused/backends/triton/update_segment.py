@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from wsam_fused.backends.triton.constants import COLUMNS, ROW, RULES, SLOT
-from wsam_fused.backends.triton.math import ascent_scale, coefficients, rule_scalars
+from wsam_fused.backends.triton.constants import COLUMNS, POINT, ROW, RULES
+from wsam_fused.backends.triton.math import coefficients, rule_scalars, scale_at
 from wsam_fused.backends.triton.update_block import Addresses, restore_or_update
 from wsam_fused.backends.triton.walk import address, cell
 
@@ -50,21 +50,22 @@ def addresses(
 
 
 @triton.jit
-def has_all_gradients(table, tensors, tensor, EVALUATIONS: tl.constexpr):
-    """Whether the tensor, or each of a block of them, has a gradient from every evaluation."""
-    has = cell(table, ROW.value.GRAD1, tensors, tensor) != 0
-    if EVALUATIONS > 1:
-        has &= cell(table, ROW.value.GRAD2, tensors, tensor) != 0
-    if EVALUATIONS > 2:
-        has &= cell(table, ROW.value.GRAD3, tensors, tensor) != 0
-    return has
+def has_gradients(table, tensors, tensor, required):
+    """Whether the tensor, or each of a block of them, has gradient k + 1 for every bit k."""
+    # Chosen by where: the interpreter makes numbers of a truth value that meets a block of them.
+    first = tl.where(required & 1 != 0, cell(table, ROW.value.GRAD1, tensors, tensor), 1)
+    second = tl.where(required & 2 != 0, cell(table, ROW.value.GRAD2, tensors, tensor), 1)
+    third = tl.where(required & 4 != 0, cell(table, ROW.value.GRAD3, tensors, tensor), 1)
+    return (first != 0) & (second != 0) & (third != 0)
 
 
 class Step(NamedTuple):
     """What is the same for all segments of a launch."""
 
     skipped: Any
-    perturbed: Any
+    at: Any
+    required: Any
+    keep_point: Any
 
 
 class TensorScalars(NamedTuple):
@@ -72,20 +73,20 @@ class TensorScalars(NamedTuple):
 
     group: Any
     age: Any  # updates they have had
-    ascent: Any
+    perturbation: Any
     row: Any
     base: Any
 
 
 @triton.jit
-def tensor_scalars(groups, scalars, group, age, T: tl.constexpr, RULE: tl.constexpr):
+def tensor_scalars(groups, scalars, group, age, at, T: tl.constexpr, RULE: tl.constexpr):
     """Form the scalars; kept for the next tensor, because float64 is slow on many GPUs."""
     columns = groups + group * COLUMNS
     age = age + tl.zeros((), tl.float32)
     return TensorScalars(
         group,
         age,
-        ascent_scale(tl.load(scalars + SLOT.value.METRIC_SQ), columns, T),
+        scale_at(at, scalars, columns, T),
         coefficients(columns, scalars, T),
         rule_scalars(columns, age.to(tl.float64) + 1.0, T, RULE),
     )
@@ -109,16 +110,20 @@ def step_segment(
     BLOCK: tl.constexpr,
 ):
     """Update what of a tensor lies in a chunk, or restore it, or leave it alone."""
-    moved = step.perturbed & (cell(table, ROW.value.GRAD1, tensors, tensor) != 0)
-    update = has_all_gradients(table, tensors, tensor, EVALUATIONS) & (step.skipped == 0)
-    at = addresses(table, tensors, tensor, begin, moved, P, G, T, RULE, EVALUATIONS, HAS_BACKUP)
+    has_first = cell(table, ROW.value.GRAD1, tensors, tensor) != 0
+    moved = (step.at != POINT.value.WEIGHTS) & has_first
+    update = has_gradients(table, tensors, tensor, step.required) & (step.skipped == 0)
+    restores = moved & ((update & (step.keep_point != 0)) == 0)
+    at = addresses(table, tensors, tensor, begin, restores, P, G, T, RULE, EVALUATIONS, HAS_BACKUP)
     scale = tl.zeros((), T)
     if not HAS_BACKUP:
-        scale = tl.where(moved, known.ascent, scale)
+        scale = tl.where(restores, known.perturbation, scale)
     c = known.row
-    if EVALUATIONS > 1 and RULE != RULES.value.NONE:
+    if EVALUATIONS > 1:
         # Where g1 is not used, it is read from the place of g2, which is read anyway.
         used = (scale != 0) | (c.h1 != 0) | (c.d1 != 0) | (update == 0)
+        if RULE == RULES.value.NONE:
+            used = has_first
         g1 = tl.where(used, at.g1, at.g2)
         at = Addresses(at.p, at.source, g1, at.g2, at.g3, at.state1, at.state2, at.state3)
     if update | moved:

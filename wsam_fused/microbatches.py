@@ -1,0 +1,292 @@
+"""m-SAM: a step over micro-batches, each with a perturbation of its own.
+
+Math, over K micro-batches of a batch:
+    g1_k = gradient of micro-batch k at w,   e_k from g1_k alone,   g2_k at w + e_k
+    a method that is linear in its gradients:  base(w, row of mean g1_k and mean g2_k)
+    one that is not (its coefficients are derived):  base(w, mean of the rows of g1_k and g2_k)
+
+Besides the two gradient lists of one micro-batch there is at most one more: what the second
+gradients add up to is formed parameter by parameter within the backward, unless the row needs all
+of them at once.
+
+Reference: Foret et al., ICLR 2021, section 4 (m-sharpness).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wsam_fused.base_rules import BaseRule
+from wsam_fused.coefficients import with_the_perturbation_of
+from wsam_fused.engine import StepEngine
+from wsam_fused.gradients import walkable
+from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
+from wsam_fused.row import BASE_ROW, Row
+
+if TYPE_CHECKING:
+    from wsam_fused.optimizer import SharpnessAwareOptimizer
+
+Closure = Callable[[], Any]
+
+
+def step_with_microbatches(optimizer: SharpnessAwareOptimizer, closures: Sequence[Closure]) -> Any:
+    """Perform one step; see :meth:`SharpnessAwareOptimizer.step`.
+
+    Returns:
+        The mean of the losses at the unperturbed weights.
+
+    Raises:
+        TypeError: The method does not work with micro-batches, or a closure is none.
+        ValueError: There are no closures.
+    """
+    if not optimizer.takes_microbatches:
+        raise TypeError(
+            f"step() was given a list of closures, which {type(optimizer).__name__} does not take; "
+            "expected one closure"
+        )
+    if not closures:
+        raise ValueError("step() was given an empty list, expected a closure for each micro-batch")
+    for closure in closures:
+        if not callable(closure):
+            raise TypeError(f"step() was given {closure!r} in a list, expected closures only")
+    optimizer.zero_grad()
+    try:
+        return _MicrobatchStep(optimizer, closures).run()
+    except BaseException:
+        optimizer.restore()
+        optimizer.zero_grad()
+        raise
+
+
+class _MicrobatchStep:
+    """The step in progress.
+
+    Args:
+        optimizer: Whose step it is.
+        closures: One for each micro-batch.
+    """
+
+    def __init__(self, optimizer: SharpnessAwareOptimizer, closures: Sequence[Closure]) -> None:
+        self._optimizer = optimizer
+        self._closures = closures
+        self._share = 1.0 / len(closures)
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def run(self) -> Any:
+        """Evaluate everything, update, and return the mean loss."""
+        optimizer = self._optimizer
+        method = optimizer._method_rows()
+        if optimizer.is_plain_step:
+            return self._run_plain()
+        if any(row.derive is not None for row in method):
+            return self._run_derived(method)
+        return self._run_linear(method)
+
+    def _run_plain(self) -> Any:
+        first: dict[Tensor, Tensor] = {}
+        losses = []
+        for closure in self._closures:
+            with self._adding_up(first):
+                losses.append(closure())
+        self._update([BASE_ROW] * len(self._optimizer.param_groups), 0b1, first)
+        return self._note(losses, [])
+
+    def _run_linear(self, method: list[Row]) -> Any:
+        optimizer = self._optimizer
+        first: dict[Tensor, Tensor] = {}
+        second: dict[Tensor, Tensor] = {}
+        losses, perturbed = [], []
+        poison = None
+        for closure in self._closures:
+            losses.append(self._perturb_by(closure))
+            with self._adding_up(second):
+                perturbed.append(closure())
+            self._go_back()
+            if optimizer.uses_first_gradient:
+                self._add_first(first)
+            else:
+                poison = _poison(self._engine, poison)
+            self._engine.finish()
+        if optimizer.uses_first_gradient:
+            self._update(method, optimizer.required, first, second)
+        else:  # h is g2, with a weight of 1
+            self._update([BASE_ROW] * len(method), 0b1, second, poison=poison)
+        return self._note(losses, perturbed)
+
+    def _run_derived(self, method: list[Row]) -> Any:
+        optimizer = self._optimizer
+        total: dict[Tensor, Tensor] = {}
+        losses, perturbed = [], []
+        for closure in self._closures:
+            losses.append(self._perturb_by(closure))
+            with torch.enable_grad():
+                perturbed.append(closure())
+            with torch.no_grad():
+                optimizer._batch_norm.restore()
+                self._engine.read_next(take=True)
+                rows = optimizer._rows(method)
+                total = combine(self._engine, rows, method, self._share, total)
+        self._update([BASE_ROW] * len(method), 0b1, total)
+        return self._note(losses, perturbed)
+
+    @property
+    def _engine(self) -> Any:
+        return self._optimizer._engine
+
+    def _perturb_by(self, closure: Closure) -> Any:
+        """Evaluate the gradient at w and go to its ascent point."""
+        with torch.enable_grad():
+            loss = closure()
+        with torch.no_grad():
+            engine = self._optimizer._begin(take=True)
+            engine.reduce(0)
+            engine.move_to(Point.ASCENT)
+            self._optimizer._batch_norm.save()
+        return loss
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        self._optimizer._batch_norm.restore()
+        self._engine.tell_autograd()
+        self._engine.move_to(Point.WEIGHTS)
+
+    @torch.no_grad()
+    def _add_first(self, total: dict[Tensor, Tensor]) -> None:
+        for tensors in self._engine.lists.lists:
+            for param, grad in zip(tensors.params, tensors.grads[0], strict=True):
+                if grad is not None:
+                    _add(total, param, grad, self._share)
+
+    @contextmanager
+    def _adding_up(self, total: dict[Tensor, Tensor]) -> Iterator[None]:
+        """Add every gradient to a total as soon as it is complete, and let go of it."""
+
+        @torch.no_grad()
+        def add(param: Tensor) -> None:
+            if param.grad is not None:
+                _add(total, param, param.grad, self._share)
+                param.grad = None
+
+        self._optimizer.zero_grad()
+        hooks = [
+            param.register_post_accumulate_grad_hook(add)
+            for param in self._params
+            if param.requires_grad
+        ]
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for param in self._params:  # what a closure has put there itself
+            add(param)
+
+    @torch.no_grad()
+    def _update(
+        self,
+        method: list[Row],
+        required: int,
+        *totals: dict[Tensor, Tensor],
+        poison: Tensor | None = None,
+    ) -> None:
+        """Update with means in place of gradients; one that is not finite skips the step.
+
+        So does a ``poison`` of NaN, a scalar that is 0 else.
+        """
+        optimizer = self._optimizer
+        for evaluation, total in enumerate(totals):
+            for param in self._params:
+                param.grad = total.pop(param, None)
+            if evaluation == 0:
+                engine = optimizer._begin(take=True)
+            else:
+                engine.read_next(take=True)
+            engine.reduce(evaluation)
+        if poison is not None:
+            for shared in engine.lists.shared.values():
+                shared.scalars[Slot.GRAD1_SQ] += poison.to(shared.scalars.device)
+        optimizer._update(method, required=required)
+        optimizer.zero_grad()
+
+    def _note(self, losses: list[Any], perturbed: list[Any]) -> Any:
+        loss, perturbed_loss = _mean(losses), _mean(perturbed)
+        self._optimizer.last.set_losses(loss, perturbed_loss)
+        return loss
+
+
+def _poison(engine: StepEngine, before: Tensor | None) -> Tensor:
+    """Return NaN if a norm is not finite or ``before`` is NaN, else 0; a float64 scalar."""
+    nothing = engine.scalars[Slot.METRIC_SQ : Slot.GRAD1_SQ + 1].sum() * 0.0
+    return nothing if before is None else before + nothing
+
+
+def combine(
+    engine: StepEngine,
+    rows: list[GroupRow],
+    method: Sequence[Row],
+    share: float,
+    total: Mapping[Tensor, Tensor],
+) -> dict[Tensor, Tensor]:
+    """Restore w, and return share * h + total in the memory of g1; nothing is updated.
+
+    Args:
+        engine: Has read g1 and g2.
+        rows: One per group. Nothing is clipped.
+        method: The method's rows, one per group; d has to be 0.
+        share: Weight of h.
+        total: What h is added to; a parameter without all gradients keeps its own.
+    """
+    rows = with_the_perturbation_of(engine.lists.primary.rows, rows)
+    # The update multiplies by the sign, and so will that with the sum: once is enough. For a
+    # foreign optimizer it has been taken out of h before.
+    shares = [share if engine.foreign is not None else share * row.sign for row in rows]
+    scaled = [
+        row._replace(h1=each * row.h1, h2=each * row.h2, h3=row.sign, max_norm=-1.0)
+        for row, each in zip(rows, shares, strict=True)
+    ]
+    engine.lists.set_rows(scaled)
+    engine.derive(scaled, method, shares)
+    result = dict(total)
+    for tensors, backend in engine.lists:
+        sums = [total.get(param) for param in tensors.params]
+        tensors.grads[2] = [
+            torch.zeros_like(param) if sum_ is None else walkable(param, sum_, param.dtype)
+            for param, sum_ in zip(tensors.params, sums, strict=True)
+        ]
+        if tensors.grad_dtype != tensors.key.dtype:
+            engine.widen_gradients(tensors)
+        backend.bind(tensors, 2, addresses_of(tensors.grads[2]))
+        backend.update(
+            tensors,
+            BaseRule.NONE,
+            3,
+            required=0b11,
+            checked=0,  # what is not finite makes the sum so
+            keep_point=False,
+            count_skipped=False,
+        )
+        for i, (param, h) in enumerate(zip(tensors.params, tensors.grads[0], strict=True)):
+            if h is not None and tensors.has_gradients(i, 0b11):
+                result[param] = h
+    engine.finish()
+    return result
+
+
+def _add(total: dict[Tensor, Tensor], param: Tensor, grad: Tensor, share: float) -> None:
+    if param in total:
+        total[param].add_(grad, alpha=share)
+    else:
+        total[param] = grad * share
+
+
+def _mean(losses: list[Any]) -> Any:
+    if not losses or any(loss is None for loss in losses):
+        return None
+    detached = [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
+    return sum(detached[1:], detached[0]) / len(losses)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from cases import BASES, FOREIGN_BASES
 from cases import METHODS as ALL_METHODS
+from differences import note_step
 from tolerances import ONE_STEP, close
 from torch import Tensor
 
-from benchmarks.bench_memory import _no_messages, _peak
 from wsam_fused import BSAM, SAM
 
 ALL_BASES = {**BASES, **FOREIGN_BASES}
@@ -111,6 +111,7 @@ def test_it_is_the_mean_over_micro_batches(method: str, base: str, backend: str)
         loss = optimizer.step(ours.closures())
         expected_step(theirs, method, plain, "maximize" in base)
         torch.testing.assert_close(loss, expected_loss, rtol=1e-11, atol=0.0)
+        note_step(optimizer, ours.params, theirs.params, form=", micro-batches")
         for param, expected in zip(ours.params, theirs.params, strict=True):
             torch.testing.assert_close(param, expected, rtol=1e-10, atol=1e-12)
     assert all(param.grad is None for param in ours.params)
@@ -341,38 +342,3 @@ def test_telemetry(backend: str) -> None:
         loss = optimizer.step(problem.closures())
         assert torch.equal(optimizer.last.loss, loss)
         assert optimizer.last.sharpness > 0
-
-
-def peak_of(method: str, closures: int) -> float:
-    """Peak memory of a step in copies of the parameters, which are large and many."""
-    count, size = 10, 40_000
-    params = [torch.nn.Parameter(torch.full((size,), 0.1)) for _ in range(count)]
-    optimizer = ALL_METHODS[method](params, functools.partial(torch.optim.SGD, lr=0.1))
-
-    def closure() -> Tensor:
-        # One by one, so that no graph of the whole list is what is measured.
-        losses = []
-        for param in params:
-            loss = param.square().sum()
-            loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
-
-    def step() -> None:
-        optimizer.step([closure] * closures if closures else functools.partial(once, closure))
-
-    def once(closure: Callable[[], Tensor]) -> Tensor:
-        optimizer.zero_grad()
-        return closure()
-
-    step()
-    with _no_messages(), torch.autograd.profiler.profile(profile_memory=True) as recording:
-        step()
-    return _peak(recording) / (4 * count * size)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_there_is_at_most_one_more_gradient_list(method: str) -> None:
-    ordinary, micro = peak_of(method, 0), peak_of(method, 4)
-    assert ordinary == pytest.approx(2.0, abs=0.25)  # g1 and g2, and what a backward needs
-    assert micro <= ordinary + 1.0 + 0.25

@@ -31,17 +31,16 @@ class Backups:
         return cls(addresses_of(kept), lambda: kept)
 
     @classmethod
-    def in_one_block(cls, like: Tensor, layouts: Sequence[Layout], table: PointerTable) -> Backups:
-        """Allocate one block, with every copy at its place in the index space of ``table``.
+    def in_block(cls, block: Tensor, layouts: Sequence[Layout], table: PointerTable) -> Backups:
+        """Use one block, with every copy at its place in the index space of ``table``.
 
         An allocation for each of thousands of tensors would take longer than the kernels.
 
         Args:
-            like: A tensor with the dtype and the device of all.
+            block: Memory of ``table.total`` elements.
             layouts: Shape and strides of each.
             table: Of the list.
         """
-        block = torch.empty(table.total, dtype=like.dtype, device=like.device)
 
         def views() -> list[Tensor]:
             places = zip(layouts, table.offsets.tolist(), strict=True)

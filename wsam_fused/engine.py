@@ -27,6 +27,11 @@ _SLOTS = (
     slice(Slot.GRAD3_SQ, Slot.GRAD3_SQ + 1),
 )
 _DOT = slice(Slot.DOT12, Slot.DOT12 + 1)
+_OVERWRITTEN = (
+    "the second gradient of a parameter of shape {shape} was written over the first one, into "
+    "memory that is kept for it (by a CUDA graph, say); the weights cannot be restored exactly. "
+    "Call first_step(zero_grad=False), which copies the first gradients"
+)
 
 
 class StepEngine:
@@ -132,7 +137,7 @@ class StepEngine:
             writes = self.read == 1 and tensors.key.rule == BaseRule.NONE
             gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
             for earlier in tensors.addresses:
-                check_not_overwritten(tensors.params, earlier, gradients.addresses)
+                check_not_overwritten(tensors.params, earlier, gradients.addresses, _OVERWRITTEN)
             if gradients.moved:
                 self._follow_storage(tensors, same_layout=True)
             self._bind(tensors, self.read, gradients)

@@ -211,13 +211,16 @@ def _is_shared(grad: Tensor) -> bool:
     return grad._is_view() or (count is not None and count(storage._cdata) > 2)
 
 
-def check_not_overwritten(params: Sequence[Tensor], first: Tensor, second: Tensor) -> None:
-    """Notice that the second backward wrote to the memory of g1, which is still in use.
+def check_not_overwritten(
+    params: Sequence[Tensor], first: Tensor, second: Tensor, message: str
+) -> None:
+    """Notice that a backward wrote to memory that is still in use.
 
     Args:
         params: The parameters.
-        first: Addresses of g1, int64 ``[n]`` on the host, 0 where there is none.
-        second: Addresses of g2.
+        first: Addresses in use, int64 ``[n]`` on the host, 0 where there is none.
+        second: Addresses of the gradients that it wrote.
+        message: Of the error, with a place for the ``{shape}`` of the parameter.
 
     Raises:
         RuntimeError: It did.
@@ -225,9 +228,4 @@ def check_not_overwritten(params: Sequence[Tensor], first: Tensor, second: Tenso
     overwritten = (first == second) & (first != 0)
     if bool(overwritten.any()):
         param = params[int(overwritten.nonzero()[0])]
-        raise RuntimeError(
-            f"the second gradient of a parameter of shape {tuple(param.shape)} was written over "
-            "the first one, into memory that is kept for it (by a CUDA graph, say); the weights "
-            "cannot be restored exactly. Call first_step(zero_grad=False), which copies the first "
-            "gradients"
-        )
+        raise RuntimeError(message.format(shape=tuple(param.shape)))

@@ -15,6 +15,7 @@ from wsam_fused.base_rules import BaseRule, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
 from wsam_fused.engine import StepEngine
 from wsam_fused.groups import check_values, group_row
+from wsam_fused.kept_memory import KeptSums
 from wsam_fused.method_keys import GEOMETRIES, STEP, MethodKeys, geometry_of, without_weight
 from wsam_fused.model_state import FrozenBatchNorm
 from wsam_fused.parameters import check_params, check_separate
@@ -92,6 +93,7 @@ class MethodOptimizer(Optimizer):
         self._engine: StepEngine | None = None
         # Used only by the replays of CUDA graphs, which write to their memory.
         self._captured_engines: list[StepEngine] = []
+        self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows: list[GroupRow] = []
         self._carried_counts: dict[Tensor, float] = {}
         self.last = LastStep()
@@ -216,6 +218,7 @@ class MethodOptimizer(Optimizer):
         self._keep_captured()
         super().__setstate__(state)
         self._engine = None
+        self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows = []
         self.last = LastStep()
         if self._base is not None:  # load_state_dict() made new groups and a new state

@@ -21,17 +21,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import with_the_perturbation_of
 from wsam_fused.engine import StepEngine
-from wsam_fused.gradients import walkable
+from wsam_fused.gradients import check_not_overwritten, walkable
+from wsam_fused.kept_memory import KeptSums
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
 from wsam_fused.row import BASE_ROW, Row
+from wsam_fused.tensor_list import TensorList
 
 if TYPE_CHECKING:
     from wsam_fused.optimizer import SharpnessAwareOptimizer
 
 Closure = Callable[[], Any]
+
+_OVERWRITTEN = (
+    "the gradient of a parameter of shape {shape} was written over the sum of those of earlier "
+    "micro-batches; closures must not leave their gradients in memory that they use again"
+)
 
 
 def step_with_microbatches(optimizer: SharpnessAwareOptimizer, closures: Sequence[Closure]) -> Any:
@@ -88,18 +96,17 @@ class _MicrobatchStep:
         return self._run_linear(method)
 
     def _run_plain(self) -> Any:
-        first: dict[Tensor, Tensor] = {}
+        first = GradientSum(self._optimizer._kept_sums[0], self._share)
         losses = []
         for closure in self._closures:
             with self._adding_up(first):
                 losses.append(closure())
-        self._update([BASE_ROW] * len(self._optimizer.param_groups), 0b1, first)
+        self._update([BASE_ROW] * len(self._optimizer.param_groups), 0b1, first.values)
         return self._note(losses, [])
 
     def _run_linear(self, method: list[Row]) -> Any:
         optimizer = self._optimizer
-        first: dict[Tensor, Tensor] = {}
-        second: dict[Tensor, Tensor] = {}
+        first, second = (GradientSum(kept, self._share) for kept in optimizer._kept_sums)
         losses, perturbed = [], []
         poison = None
         for closure in self._closures:
@@ -108,14 +115,15 @@ class _MicrobatchStep:
                 perturbed.append(closure())
             self._go_back()
             if optimizer.uses_first_gradient:
-                self._add_first(first)
+                for tensors in self._engine.lists.lists:
+                    first.add(tensors.params, tensors.grads[0])
             else:
                 poison = _poison(self._engine, poison)
             self._engine.finish()
         if optimizer.uses_first_gradient:
-            self._update(method, optimizer.required, first, second)
+            self._update(method, optimizer.required, first.values, second.values)
         else:  # h is g2, with a weight of 1
-            self._update([BASE_ROW] * len(method), 0b1, second, poison=poison)
+            self._update([BASE_ROW] * len(method), 0b1, second.values, poison=poison)
         return self._note(losses, perturbed)
 
     def _run_derived(self, method: list[Row]) -> Any:
@@ -155,21 +163,13 @@ class _MicrobatchStep:
         self._engine.tell_autograd()
         self._engine.move_to(Point.WEIGHTS)
 
-    @torch.no_grad()
-    def _add_first(self, total: dict[Tensor, Tensor]) -> None:
-        for tensors in self._engine.lists.lists:
-            for param, grad in zip(tensors.params, tensors.grads[0], strict=True):
-                if grad is not None:
-                    _add(total, param, grad, self._share)
-
     @contextmanager
-    def _adding_up(self, total: dict[Tensor, Tensor]) -> Iterator[None]:
+    def _adding_up(self, total: GradientSum) -> Iterator[None]:
         """Add every gradient to a total as soon as it is complete, and let go of it."""
 
-        @torch.no_grad()
         def add(param: Tensor) -> None:
             if param.grad is not None:
-                _add(total, param, param.grad, self._share)
+                total.add([param], [param.grad])
                 param.grad = None
 
         self._optimizer.zero_grad()
@@ -247,25 +247,21 @@ def combine(
     # foreign optimizer it has been taken out of h before.
     shares = [share if engine.foreign is not None else share * row.sign for row in rows]
     scaled = [
-        row._replace(h1=each * row.h1, h2=each * row.h2, h3=row.sign, max_norm=-1.0)
+        row._replace(
+            h1=each * row.h1, h2=each * row.h2, h3=row.sign if total else 0.0, max_norm=-1.0
+        )
         for row, each in zip(rows, shares, strict=True)
     ]
     engine.lists.set_rows(scaled)
     engine.derive(scaled, method, shares)
     result = dict(total)
     for tensors, backend in engine.lists:
-        sums = [total.get(param) for param in tensors.params]
-        tensors.grads[2] = [
-            torch.zeros_like(param) if sum_ is None else walkable(param, sum_, param.dtype)
-            for param, sum_ in zip(tensors.params, sums, strict=True)
-        ]
-        if tensors.grad_dtype != tensors.key.dtype:
-            engine.widen_gradients(tensors)
-        backend.bind(tensors, 2, addresses_of(tensors.grads[2]))
+        if total:
+            _bind_sums(engine, tensors, total)
         backend.update(
             tensors,
             BaseRule.NONE,
-            3,
+            3 if total else 2,
             required=0b11,
             checked=0,  # what is not finite makes the sum so
             keep_point=False,
@@ -278,11 +274,47 @@ def combine(
     return result
 
 
-def _add(total: dict[Tensor, Tensor], param: Tensor, grad: Tensor, share: float) -> None:
-    if param in total:
-        total[param].add_(grad, alpha=share)
-    else:
-        total[param] = grad * share
+def _bind_sums(engine: StepEngine, tensors: TensorList, total: Mapping[Tensor, Tensor]) -> None:
+    """Put sums in the place of g3."""
+    sums = [total.get(param) for param in tensors.params]
+    kept = addresses_of(sums)
+    for addresses in tensors.addresses:
+        check_not_overwritten(tensors.params, kept, addresses, _OVERWRITTEN)
+    tensors.grads[2] = [
+        torch.zeros_like(param) if sum_ is None else walkable(param, sum_, param.dtype)
+        for param, sum_ in zip(tensors.params, sums, strict=True)
+    ]
+    if tensors.grad_dtype != tensors.key.dtype:
+        engine.widen_gradients(tensors)
+    BACKENDS[tensors.key.backend].bind(tensors, 2, addresses_of(tensors.grads[2]))
+
+
+class GradientSum:
+    """Adds up gradients by parameter, each times the same share.
+
+    Args:
+        kept: Where the memory comes from.
+        share: The factor.
+
+    Attributes:
+        values: The sums so far.
+    """
+
+    def __init__(self, kept: KeptSums, share: float) -> None:
+        self._kept = kept
+        self._share = share
+        self.values: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Add the gradients that there are."""
+        for param, grad in zip(params, grads, strict=True):
+            if grad is None:
+                continue
+            if param in self.values:
+                self.values[param].add_(grad, alpha=self._share)
+            else:
+                self.values[param] = self._kept.begin(param, grad, self._share)
 
 
 def _mean(losses: list[Any]) -> Any:

@@ -126,8 +126,9 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             closure: Clears the gradients, computes the loss, calls ``backward`` and returns the
                 loss; it is evaluated as often as the method needs. Gradients left over from before
                 are cleared first. A list of closures is a step over micro-batches (m-SAM), of which
-                each has a perturbation of its own and all have the same weight. Without it, a
-                backward must have followed the last call.
+                each has a perturbation of its own and all have the same weight; for a shorter one,
+                multiply its loss by its size over the mean size. Without a closure, a backward must
+                have followed the last call.
 
         Returns:
             The closure's loss at the unperturbed weights, for a list their mean; None without.

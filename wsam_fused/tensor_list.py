@@ -11,6 +11,7 @@ from torch import Tensor
 from wsam_fused.backups import Backups
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.gradients import GradientReader
+from wsam_fused.kept_memory import keeps_scratch
 from wsam_fused.plan import FLAGS, Geometry, PointerTable
 from wsam_fused.shared_scalars import SharedScalars
 
@@ -67,6 +68,7 @@ class TensorList:
     addresses: list[Tensor] = field(init=False, default_factory=list)
     backups: Backups | None = None
     table: PointerTable | None = None
+    _block: Tensor | None = None  # of the backups
 
     def __post_init__(self) -> None:
         self.reader = GradientReader(self.params, self.grad_dtypes)
@@ -87,8 +89,13 @@ class TensorList:
         elif self.table is None:
             self.backups = Backups.of(map(torch.empty_like, self.params))
         else:
-            layouts = self.reader.noted_layouts
-            self.backups = Backups.in_one_block(self.params[0], layouts, self.table)
+            block = self._block
+            if block is None:
+                device, dtype = self.key.device, self.key.dtype
+                block = torch.empty(self.table.total, dtype=dtype, device=device)
+            if keeps_scratch(self.key.device):
+                self._block = block
+            self.backups = Backups.in_block(block, self.reader.noted_layouts, self.table)
 
     def release(self) -> None:
         """Drop what lives only inside a step."""

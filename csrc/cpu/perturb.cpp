@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "restore.h"
+#include "stream.h"
 
 namespace wsam_fused {
 namespace {
@@ -53,22 +54,22 @@ struct MoveLoop {
 
 template <typename T, Source source>
 auto chosen_move_loop(int64_t geometry) {
-  if constexpr (source == Source::kInPlaceKept || source == Source::kBackup) {
+  if constexpr (source != Source::kRecomputed) {
     if (geometry == kAdaptive) return CompiledLoop<MoveLoop<T, kAdaptive, source>>::choose();
     if (geometry == kFisher) return CompiledLoop<MoveLoop<T, kFisher, source>>::choose();
   }
-  if constexpr (source == Source::kInPlaceKept) {
+  if constexpr (source == Source::kInPlaceKept || source == Source::kInPlace) {
     if (geometry == kNoise) return CompiledLoop<MoveLoop<T, kNoise, source>>::choose();
   }
   return CompiledLoop<MoveLoop<T, kEuclidean, source>>::choose();
 }
 
 template <typename T>
-auto chosen_loop(int64_t geometry, Point at, Point target, bool has_backup) {
+auto chosen_loop(int64_t geometry, Point at, Point target, bool has_backup, bool keeps) {
   if (target == kWeights) return chosen_restore_loop<T>(has_backup);
   if (at == kWeights) {
-    return has_backup ? chosen_move_loop<T, Source::kInPlaceKept>(geometry)
-                      : chosen_move_loop<T, Source::kInPlace>(geometry);
+    return keeps ? chosen_move_loop<T, Source::kInPlaceKept>(geometry)
+                 : chosen_move_loop<T, Source::kInPlace>(geometry);
   }
   return has_backup ? chosen_move_loop<T, Source::kBackup>(geometry)
                     : chosen_move_loop<T, Source::kRecomputed>(geometry);
@@ -78,17 +79,26 @@ template <typename T>
 void move_list(const Plan& plan, const double* groups, const double* scalars, int64_t geometry,
                Point at, Point target, bool has_backup) {
   const bool by_noise = at == kProbe || target == kProbe;  // which moves every tensor
-  const auto loop =
-      chosen_loop<T>(target == kProbe ? int64_t(kNoise) : geometry, at, target, has_backup);
+  const int64_t metric = target == kProbe ? int64_t(kNoise) : geometry;
+  const bool keeps = has_backup && at == kWeights;
+  const auto loop = chosen_loop<T>(metric, at, target, has_backup, keeps);
+  // Copies the segment first, which is in the cache when the loop comes to it.
+  const bool may_stream =
+      keeps && plan.chunks * plan.chunk_size * int64_t(sizeof(T)) >= kStreamedBytes;
+  const auto loop_after_copy = chosen_loop<T>(metric, at, target, has_backup, false);
   for_each_chunk(plan, [&](int64_t chunk) {
     for_each_segment(plan, chunk, [&](int64_t tensor, int64_t begin, int64_t end) {
       const T* g1 = segment<T>(plan, kGrad1, tensor, begin);
       if (!g1 && !by_noise) return;
       const double* group = groups + plan.at(kGroup, tensor) * kGroupColumns;
       T* backup = has_backup ? segment<T>(plan, kBackup, tensor, begin) : nullptr;
-      loop({segment<T>(plan, kParam, tensor, begin), g1, backup, end - begin,
-            scale_at<T>(at, scalars, group), scale_at<T>(target, scalars, group), T(group[kEta]),
-            noise_of_tensor(scalars[kSeed], plan.at(kKey, tensor)), uint32_t(begin >> 5)});
+      T* p = segment<T>(plan, kParam, tensor, begin);
+      const bool streams = may_stream && backup != g1;
+      if (streams) stream_copy(backup, p, end - begin);
+      (streams ? loop_after_copy : loop)(
+          {p, g1, backup, end - begin, scale_at<T>(at, scalars, group),
+           scale_at<T>(target, scalars, group), T(group[kEta]),
+           noise_of_tensor(scalars[kSeed], plan.at(kKey, tensor)), uint32_t(begin >> 5)});
     });
   });
 }

@@ -63,7 +63,8 @@ struct Reduce {
                              Sums& sums) const {
     for_each_share<kWidth>(window, slots, thread,
                            [&](const Slot& slot, int begin, int end, int stride) {
-                             if (slot.g && (slot.other || !kReadsOther)) add(slot, begin, end, stride, sums);
+                             if (slot.g && (slot.other || !kReadsOther))
+                               add(slot, begin, end, stride, sums);
                            });
   }
 

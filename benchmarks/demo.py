@@ -1,6 +1,7 @@
 """Train a small net with SGDM, SAM and WSAM, and check the fused steps against the eager ones.
 
-Usage: ``python -m benchmarks.demo`` (about a minute on two cores); ``--help`` lists the options.
+Usage: ``python -m benchmarks.demo`` (about a minute on two cores); ``--method`` shows other methods
+beside SGDM and SAM; ``--help`` lists the options.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import demo_model as model
-from benchmarks.demo_check import check
+from benchmarks.demo_check import CHECKED, check
+from benchmarks.demo_methods import METHODS, described
 from benchmarks.demo_report import results_table, save_curves
 from wsam_fused import backends
 
 _OUT = Path(__file__).parent / "results" / "demo.png"
-_METHODS = ("SGDM", "SAM", "WSAM")
+_BESIDE = ("SGDM", "SAM")
 _EPOCHS, _QUICK_EPOCHS = 25, 4
 _STEPS, _QUICK_STEPS = 20, 6
 _TITLE = "Handwritten digits, small convolutional net: one run"
@@ -30,10 +32,12 @@ the optimizers train, and no evidence that one of them generalizes better.
 """
 
 
-def train_all(data: model.Digits, epochs: int, seed: int, backend: str) -> list[model.History]:
+def train_all(
+    methods: Sequence[str], data: model.Digits, epochs: int, seed: int, backend: str
+) -> list[model.History]:
     """Train with each method, behind a progress bar."""
     histories = []
-    with tqdm(total=len(_METHODS) * epochs, unit="epoch") as bar:
+    with tqdm(total=len(methods) * epochs, unit="epoch") as bar:
 
         def show(history: model.History) -> None:
             loss, accuracy = history.train_loss[-1], history.test_accuracy[-1]
@@ -41,7 +45,7 @@ def train_all(data: model.Digits, epochs: int, seed: int, backend: str) -> list[
             bar.set_postfix(loss=f"{loss:.4f}", test=f"{accuracy:.2%}", refresh=False)
             bar.update()
 
-        for method in _METHODS:
+        for method in methods:
             run = model.train(
                 method, data, epochs=epochs, seed=seed, backend=backend, after_epoch=show
             )
@@ -67,8 +71,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo",
         description="Train a small convolutional net on scikit-learn's handwritten digits with "
-        "SGDM, SAM and WSAM at equal epochs, then check that fused and eager runs end in the same "
-        "weights. Exits with 1 if they do not, with 2 on a wrong argument.",
+        "SGDM, SAM and another method (WSAM) at equal epochs, then check that fused and eager runs "
+        "end in the same weights. Exits with 1 if they do not, with 2 on a wrong argument.",
+    )
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=list(METHODS),
+        metavar="NAME",
+        help=f"train with SGDM, SAM and these: {', '.join(METHODS)} (default WSAM)",
     )
     parser.add_argument(
         "--epochs",
@@ -129,19 +140,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     data = model.load()
+    methods = list(dict.fromkeys([*_BESIDE, *(args.method or ["WSAM"])]))
     print(
         f"Handwritten digits, 8x8: {len(data.train_y)} images to train on, {len(data.test_y)} to "
         f"test on; batches of {model.BATCH_SIZE}, {args.epochs} epochs, seed {args.seed}.\n"
-        f"All three use {model.described()}.\n"
+        f"{described(methods)}\n"
         f"torch {torch.__version__}, one thread.\n",
         flush=True,
     )
-    histories = train_all(data, args.epochs, args.seed, args.backend)
+    histories = train_all(methods, data, args.epochs, args.seed, args.backend)
     print(f"{results_table(histories)}\n")
     print(_CAUTION)
     save_curves(histories, args.out, f"{_TITLE}, seed {args.seed}")
     print(f"Curves: {_shown(args.out)}\n", flush=True)
-    wrong = [] if args.no_check else check(args.seed, _QUICK_STEPS if args.quick else _STEPS)
+    steps = _QUICK_STEPS if args.quick else _STEPS
+    wrong = [] if args.no_check else check(args.method or CHECKED, args.seed, steps)
     print(f"\nTook {time.perf_counter() - begin:.0f} s.", flush=True)
     if wrong:
         print("\nThe check FAILED:\n  " + "\n  ".join(wrong), file=sys.stderr)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import demo_methods
 from benchmarks import demo_model as model
 from benchmarks.demo_report import table
 from wsam_fused import backends
 
-_CHECKED = [(m, base) for m in ("SAM", "WSAM", "Coupled-WSAM") for base in ("SGDM", "AdamW")]
+CHECKED = ("SAM", "WSAM", "Coupled-WSAM")
+_BASES = ("SGDM", "AdamW")
 # float64 rounds by 1e-16, and in so few steps the training amplifies that by 1e4 at the most.
 _FLOAT64_BOUND = 1e-9
 _CAPTION = """\
@@ -62,7 +65,7 @@ def end_weights(
     """Train for some steps and return the weights and the times.
 
     Args:
-        method: As for :func:`benchmarks.demo_model.build_optimizer`.
+        method: As for :func:`benchmarks.demo_methods.build_optimizer`.
         base: Likewise.
         data: The digits, in the dtype to train in.
         backend: ``"auto"`` or ``"eager"``.
@@ -77,11 +80,11 @@ def end_weights(
             for param in params:
                 signs = torch.randint_like(param, 2).mul_(2).sub_(1)
                 param.addcmul_(param, signs, value=torch.finfo(param.dtype).eps)
-    optimizer = model.build_optimizer(method, base, net, backend)
+    optimizer = demo_methods.build_optimizer(method, base, net, backend)
     timer = model.Timer()
     stream = model.batches(data, seed)
     for _ in range(steps):
-        model.train_step(net, optimizer, *next(stream), timer)
+        timer.add(*demo_methods.train_step(method, net, optimizer, *next(stream)))
     return [param.detach() for param in params], timer
 
 
@@ -112,10 +115,11 @@ def check_pair(
     )
 
 
-def check(seed: int, steps: int) -> list[str]:
+def check(methods: Sequence[str], seed: int, steps: int) -> list[str]:
     """Compare fused and eager runs and print the outcome.
 
     Args:
+        methods: Of :data:`benchmarks.demo_methods.METHODS`; each is compared over both bases.
         seed: Decides the starting weights and the order of the images.
         steps: Number of steps that each run makes.
 
@@ -128,7 +132,7 @@ def check(seed: int, steps: int) -> list[str]:
     if missing:
         print(f"Fused against eager NOT CHECKED, no fused backend is usable here: {missing[0]}")
         return []
-    pairs = tqdm(_CHECKED, desc="fused against eager", unit="pair")
+    pairs = tqdm(list(product(methods, _BASES)), desc="fused against eager", unit="pair")
     found = [check_pair(method, base, data, seed, steps) for method, base in pairs]
     # Equal weights prove something only if other weights would have been noticed.
     sam, wsam = (

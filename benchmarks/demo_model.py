@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -16,19 +14,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from wsam_fused import SAM, WSAM
+from benchmarks.demo_methods import build_optimizer, train_step
+from wsam_fused.optimizer import SharpnessAwareOptimizer
 
 BATCH_SIZE = 64
-RHO = 0.05
-GAMMA = 0.8
 SHARPNESS_RHO = 0.1
 # Half of the digits are for testing: there are so few that 1 % of a smaller part is 3 images.
 _TEST_SHARE = 0.5
-
-_BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "SGDM": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}),
-    "AdamW": (torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.01}),
-}
 
 
 @dataclass(frozen=True)
@@ -47,6 +39,11 @@ class Timer:
 
     step: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
+
+    def add(self, step: float, optimizer: float) -> None:
+        """Note a step."""
+        self.step.append(step)
+        self.optimizer.append(optimizer)
 
     # Medians, because the first step also builds the optimizer's tables.
     def median_step(self) -> float:
@@ -68,12 +65,6 @@ class History:
     train_loss: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
     sharpness: float = float("nan")
-
-
-def described() -> str:
-    """Return the hyper-parameters of the training in words."""
-    base = ", ".join(f"{name} {value:g}" for name, value in _BASES["SGDM"][1].items())
-    return f"{base.replace('_', ' ')} (lr falls as a cosine), rho {RHO:g}, gamma {GAMMA:g}"
 
 
 def load(dtype: torch.dtype = torch.float32) -> Digits:
@@ -105,36 +96,9 @@ def build_net(seed: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(*features, *head).to(dtype)
 
 
-def build_optimizer(method: str, base: str, net: nn.Module, backend: str) -> Optimizer:
-    """Return the optimizer for a net.
-
-    Args:
-        method: SAM, WSAM or Coupled-WSAM; the name of the base for the base itself.
-        base: SGDM or AdamW.
-        net: Its BatchNorm statistics are kept out of the perturbed evaluations.
-        backend: Backend of the methods that are ours.
-    """
-    base_class, arguments = _BASES[base]
-    if method == "SAM":
-        common = {"rho": RHO, "backend": backend, "model": net}
-        return SAM(net.parameters(), base_class, **common, **arguments)
-    if method in ("WSAM", "Coupled-WSAM"):
-        return WSAM(
-            net.parameters(),
-            base_class,
-            rho=RHO,
-            gamma=GAMMA,
-            decouple=method == "WSAM",
-            backend=backend,
-            model=net,
-            **arguments,
-        )
-    return base_class(net.parameters(), **arguments)
-
-
 def backends_of(optimizer: Optimizer) -> dict[str, str]:
     """Return the backends that step the optimizer's parameters, each with the reason."""
-    if not isinstance(optimizer, (SAM, WSAM)):
+    if not isinstance(optimizer, SharpnessAwareOptimizer):
         return {"torch": "plain torch.optim"}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     answers = sorted({optimizer.backend_of(param) for param in params})
@@ -155,29 +119,6 @@ def steps_per_epoch(data: Digits) -> int:
     return len(data.train_y) // BATCH_SIZE
 
 
-def train_step(net: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, timer: Timer) -> None:
-    """Make one step and note how long it took."""
-    spent = 0.0
-
-    def timed(call: Callable[[], Any]) -> None:
-        nonlocal spent
-        begin = time.perf_counter()
-        call()
-        spent += time.perf_counter() - begin
-
-    begin = time.perf_counter()
-    cross_entropy(net(x), y).backward()
-    if isinstance(optimizer, (SAM, WSAM)):
-        timed(lambda: optimizer.first_step(zero_grad=True))
-        cross_entropy(net(x), y).backward()
-        timed(lambda: optimizer.second_step())
-    else:
-        timed(lambda: optimizer.step())
-    optimizer.zero_grad()
-    timer.step.append(time.perf_counter() - begin)
-    timer.optimizer.append(spent)
-
-
 def train(
     method: str,
     data: Digits,
@@ -190,7 +131,7 @@ def train(
     """Train a new net with momentum SGD as the base and return how it went.
 
     Args:
-        method: As for :func:`build_optimizer`.
+        method: As for :func:`benchmarks.demo_methods.build_optimizer`.
         data: The digits.
         epochs: Passes over the training set, >= 1.
         seed: Decides the starting weights and the order of the images.
@@ -205,7 +146,7 @@ def train(
     for _ in range(epochs):
         net.train()
         for _ in range(steps_per_epoch(data)):
-            train_step(net, optimizer, *next(stream), history.timer)
+            history.timer.add(*train_step(method, net, optimizer, *next(stream)))
         schedule.step()
         net.eval()
         with torch.no_grad():

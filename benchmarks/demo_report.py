@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,7 +13,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from benchmarks.demo_model import SHARPNESS_RHO, History
 
 # Colours that the colour-blind can tell apart; the markers tell them apart in print.
-_LOOKS = {"SGDM": ("#666666", "o"), "SAM": ("#0072b2", "s"), "WSAM": ("#d55e00", "^")}
+_LOOKS = {"SGDM": ("#666666", "o"), "SAM": ("#0072b2", "s")}
+_OTHER_LOOKS = [("#d55e00", "^"), ("#009e73", "v"), ("#cc79a7", "D"), ("#e69f00", "P")]
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,16 +57,17 @@ def results_table(histories: Sequence[History]) -> str:
 training loss  L(w) on the whole training set after the last epoch, in eval mode
 sharpness      L(w + e) - L(w) on the same images, also in eval mode, with
                e = {SHARPNESS_RHO:g} grad L(w) / |grad L(w)| whatever the method
-step           median time of a training step; SAM and WSAM evaluate the gradient twice
-optimizer      the part of it inside first_step() and second_step(); inside step() for SGDM, which
-               is torch.optim.SGD and the base optimizer of the other two"""
+step           median time of a training step, with all evaluations of the gradient
+optimizer      the part of it that is not the model's; SGDM is torch.optim.SGD, and the base
+               optimizer of the others"""
     return f"{table(headers, rows)}\n\n{caption}"
 
 
 def _panel(axes: Axes, histories: Sequence[History], name: str, title: str, legend_at: str) -> None:
+    others = cycle(_OTHER_LOOKS)
     for run in histories:
         values = getattr(run, name)
-        colour, marker = _LOOKS[run.method]
+        colour, marker = _LOOKS.get(run.method) or next(others)
         epochs = range(1, len(values) + 1)
         axes.plot(epochs, values, color=colour, marker=marker, markersize=3.5, label=run.method)
     axes.set_title(title, loc="left", fontsize=10, color="#444444")

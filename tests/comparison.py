@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from cases import call, device_of, parameters, seed_of, set_gradients
+from differences import note_step
 from tolerances import ONE_STEP, PERTURBED, REDUCTION, close
 
 STEPS = 4
@@ -18,6 +19,7 @@ GradientDtypes = tuple[torch.dtype | None, torch.dtype | None]
 
 def compare_and_align(ours: Any, reference: Any, dtype: torch.dtype, what: str) -> None:
     """Compare parameters and states, which may be on different devices."""
+    note_step(ours, all_params(ours), all_params(reference))
     pairs = zip(all_params(ours), all_params(reference), strict=True)
     wide = dtype if dtype == torch.float64 else torch.float32
     for i, (param, expected) in enumerate(pairs):

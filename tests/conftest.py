@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import differences
 import pytest
 import torch
 from emulated import EmulatedBackend
@@ -25,6 +27,25 @@ ON_CPU = [
     for name, backend in BACKENDS.items()
     if backend.unavailable() is None and (not backend.DEVICE_TYPES or "cpu" in backend.DEVICE_TYPES)
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--differences``."""
+    text = "write how far apart computations were found to be (see docs/methods.md)"
+    parser.addoption("--differences", type=Path, metavar="FILE", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect differences if they are wanted."""
+    if config.getoption("--differences"):
+        differences.found = []
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write them, unless a test failed: then they mean nothing."""
+    path = session.config.getoption("--differences")
+    if path and exitstatus == pytest.ExitCode.OK:
+        differences.write(path)
 
 
 @pytest.fixture(autouse=True)

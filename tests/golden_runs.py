@@ -103,6 +103,19 @@ def _method(case: dict[str, Any]) -> Any:
     }[case["method"]]
 
 
+def label(case: dict[str, Any]) -> tuple[str, str]:
+    """Name the case's method and geometry as the table in docs/methods.md does."""
+    names = {
+        "asam": "SAM",
+        "fishersam": "SAM",
+        "msam": "SAM, micro-batches",
+        "wsam_coupled": "Coupled-WSAM",
+        "bsam_asrun": "BSAM, as published",
+    }
+    geometry = {"l2": "euclidean", "fisher": "fisher"}.get(case["geometry"], "adaptive")
+    return names.get(case["method"], case["method"].upper()), geometry
+
+
 def trajectory(case: dict[str, Any], dtype: torch.dtype, backend: str) -> np.ndarray:
     """Run the case and return the parameters after the recorded steps."""
     problem = Problem(case["problem"], dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ pytest.importorskip("sklearn", reason="the demonstration trains on scikit-learn'
 pytest.importorskip("matplotlib", reason="the demonstration draws its curves")
 pytest.importorskip("tqdm", reason="the demonstration shows a progress bar")
 
-from benchmarks import demo, demo_check, demo_model
+from benchmarks import demo, demo_check, demo_methods, demo_model
 from wsam_fused import backends
 
 _FUSED = backends.select("auto", torch.device("cpu"), torch.float32).name != "eager"
@@ -55,7 +56,8 @@ def test_quick_run_shows_everything(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "100%" in shown.err  # of the progress bar
     if not _FUSED:
         return
-    assert [tuple(row[:2]) for row in checked] == demo_check._CHECKED
+    pairs = itertools.product(demo_check.CHECKED, ("SGDM", "AdamW"))
+    assert [tuple(row[:2]) for row in checked] == list(pairs)
     for method, base, float64, float32, bound, ratio, verdict in checked:
         assert verdict == "same", (method, base)
         assert float(float64) < 1e-9
@@ -67,7 +69,7 @@ def test_quick_run_shows_everything(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_wrong_fused_step_fails_the_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = demo_model.build_optimizer
+    build = demo_methods.build_optimizer
 
     def build_wrong(method: str, base: str, net: torch.nn.Module, backend: str) -> object:
         optimizer = build(method, base, net, backend)
@@ -75,8 +77,7 @@ def test_wrong_fused_step_fails_the_check(
             optimizer.param_groups[0]["lr"] *= 1.0001
         return optimizer
 
-    monkeypatch.setattr(demo_model, "build_optimizer", build_wrong)
-    monkeypatch.setattr(demo_check, "_CHECKED", [("SAM", "SGDM"), ("WSAM", "AdamW")])
+    monkeypatch.setattr(demo_methods, "build_optimizer", build_wrong)
     assert demo.main(["--quick", "--epochs", "1", "--out", str(tmp_path / "demo.png")]) == 1
     complaint = capsys.readouterr().err
     assert "FAILED" in complaint
@@ -88,8 +89,34 @@ def test_no_fused_backend_is_said(
 ) -> None:
     choice = backends.Choice("eager", "cpu: not compiled")
     monkeypatch.setattr(backends, "select", lambda *args, **kwargs: choice)
-    assert demo_check.check(seed=0, steps=1) == []
+    assert demo_check.check(["SAM"], seed=0, steps=1) == []
     assert "NOT CHECKED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", demo_methods.METHODS)
+def test_every_method_trains_and_is_checked(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--quick", "--epochs", "2", "--out", str(tmp_path / "demo.png")]
+    assert demo.main([*options, "--method", method]) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    trained, checked = _tables(shown)
+    assert [row[0] for row in trained] == list(dict.fromkeys(["SGDM", "SAM", method]))
+    assert f"\n{method}: rho " in shown
+    first, last = float(trained[0][2]), float(trained[-1][2])
+    assert last < 2.2 and first < 2.2  # ln 10 is what knowing nothing gives
+    assert 0.0 < float(trained[-1][5]) < float(trained[-1][4])
+    if _FUSED:
+        assert [row[:2] for row in checked] == [[method, "SGDM"], [method, "AdamW"]]
+
+
+def test_the_clock_counts_the_passes_of_losses_once() -> None:
+    net = torch.nn.Linear(4, 10)
+    optimizer = demo_methods.build_optimizer("RWSAM", "SGDM", net, "eager")
+    whole, own = demo_methods.train_step(
+        "RWSAM", net, optimizer, torch.randn(6, 4), torch.arange(6)
+    )
+    assert 0.0 < own < whole
 
 
 def test_same_seed_gives_the_same_run() -> None:
@@ -117,6 +144,7 @@ def test_sharpness_leaves_the_weights() -> None:
         (["--epochs", "0"], ["--epochs", "0 is out of range", "[1, 1000]"]),
         (["--epochs", "many"], ["--epochs", "'many' is no number", "[1, 1000]"]),
         (["--seed", "-1"], ["--seed", "-1 is out of range", "[0, 4294967295]"]),
+        (["--method", "XSAM"], ["--method", "'XSAM'", "GSAM"]),
         (["--backend", "abacus"], ["--backend", "'abacus'", "eager"]),
         (["--out", "curves.jpg"], ["--out", "'curves.jpg'", ".png"]),
         (["--out", f"{__file__}/demo.png"], ["--out", "demo.png", "no folder"]),
@@ -139,5 +167,5 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         demo.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--epochs", "--seed", "--backend", "--out", "--quick", "--no-check"):
+    for option in ("--method", "--epochs", "--seed", "--backend", "--out", "--quick", "--no-check"):
         assert option in text

@@ -11,20 +11,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_runs import CASES, TOY_CASES, trajectory
+from differences import note
+from golden_runs import CASES, TOY_CASES, label, trajectory
 from problems import INDEX, array
+
+
+def note_trajectory(case: dict[str, Any], backend: str, dtype: str, difference: float) -> None:
+    names = {"peer": case["peer"], "case": case["name"]}
+    note("trajectory", difference, of=label(case), backend=backend, dtype=dtype, **names)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_float64_trajectory_is_the_authors(case: dict[str, Any], backend: str) -> None:
     found = trajectory(case, torch.float64, backend)
-    np.testing.assert_allclose(found, array(case["name"], "w64"), rtol=0, atol=case["tol_f64"])
+    expected = array(case["name"], "w64")
+    note_trajectory(case, backend, "float64", np.abs(found - expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=case["tol_f64"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_float32_trajectory_is_the_authors(case: dict[str, Any], backend: str) -> None:
     found = trajectory(case, torch.float32, backend)
     difference = np.abs(found - array(case["name"], "w32")).max(axis=1)
+    note_trajectory(case, backend, "float32", difference.max())
     assert (difference <= np.array(case["tol_f32"])).all(), difference
 
 
@@ -33,6 +42,8 @@ def test_toy_trajectory_and_the_minimum_it_reaches(case: dict[str, Any], backend
     found = trajectory(case, torch.float64, backend)
     compared = array(case["name"], "steps") <= case["compare_f64_up_to_step"]
     expected = array(case["name"], "w64")
+    difference = np.abs(found[compared] - expected[compared]).max()
+    note_trajectory(case, backend, "float64", difference)
     np.testing.assert_allclose(found[compared], expected[compared], rtol=0, atol=case["tol_f64"])
     stationary = INDEX["problems"]["toy"]["stationary_points"]
     distance = {

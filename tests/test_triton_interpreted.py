@@ -193,7 +193,9 @@ def test_low_precision_gradients(base: str, option: str, dtype: torch.dtype) -> 
 @interpreter
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("base", ["sgdm", "adamw"])
-@pytest.mark.parametrize("method", ["sam", "wsam", "gsam", "bsam"])
+@pytest.mark.parametrize(
+    "method", ["sam", "wsam", "coupled", "gsam", "bsam", "bsam-as-published", "gnp"]
+)
 def test_every_option(base: str, method: str, option: str) -> None:
     check(method, base, **OPTIONS[option])
 

@@ -18,11 +18,14 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("geometry", ["plain", "asam", "fisher"])
 @pytest.mark.parametrize("base", [*BASES, *FOREIGN_BASES])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_base_and_method(method: str, base: str, dtype: torch.dtype, name: str) -> None:
+def test_every_method_base_and_geometry(
+    method: str, base: str, geometry: str, dtype: torch.dtype, name: str
+) -> None:
     bases = {**BASES, **FOREIGN_BASES}
-    run_both(METHODS[method], bases[base], "sizes", dtype, name, **OPTIONS["plain"])
+    run_both(METHODS[method], bases[base], "sizes", dtype, name, **OPTIONS[geometry])
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -1,5 +1,7 @@
 # make demo    train on real data with SGDM, SAM and WSAM, and check fused against eager
+#              METHOD="GSAM ESAM" shows these in place of WSAM
 # make test    run the tests
+# make parity  run the tests that compare methods and write what they find into docs/methods.md
 # make bench   measure against the other implementations (on a GPU: benchmarks/gpu_report.sh)
 # make lint    check formatting, style and types        make format  apply the formatting
 #
@@ -11,17 +13,26 @@ STAMP := build/environment
 RUN := . $(STAMP) && "$$ENVIRONMENT_PYTHON"
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format environment clean
+PARITY_TESTS := $(addprefix tests/test_,golden.py update.py per_sample.py microbatches.py \
+	triton_interpreted.py)
+
+.PHONY: demo test parity bench lint format environment clean
 
 demo: environment
-	$(RUN) -m benchmarks.demo
+	$(RUN) -m benchmarks.demo $(if $(METHOD),--method $(METHOD))
 
 test: environment
 	$(RUN) -m pytest -q
 
+parity: environment
+	$(RUN) -m pytest -q --differences build/differences.json $(PARITY_TESTS)
+	$(RUN) -m benchmarks.parity build/differences.json
+
 bench: environment
 	$(RUN) -m benchmarks.bench_step
+	$(RUN) -m benchmarks.bench_methods
 	$(RUN) -m benchmarks.bench_host
+	$(RUN) -m benchmarks.readme
 
 lint: environment
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""Keep the figures in README.md those of the result files.
+"""Keep the figures in README.md and docs/methods.md those of the result files.
 
 ``python -m benchmarks.readme`` writes them between the markers; a test compares them.
 """
@@ -11,6 +11,10 @@ from pathlib import Path
 
 from benchmarks.checks import outcomes
 from benchmarks.common import RESULTS, ROOT, Row, read_rows
+from benchmarks.methods.results import summary
+
+README = ROOT / "README.md"
+METHODS = ROOT / "docs" / "methods.md"
 
 _OTHERS = {
     "authors": "the authors' formulation, eager",
@@ -32,6 +36,15 @@ def blocks(results: Path = RESULTS / "cpu-step.csv") -> dict[str, str]:
     return {"headline": _headline(rows), "figures": _figures(rows)}
 
 
+def method_blocks(results: Path = RESULTS / "cpu-methods.csv") -> dict[str, str]:
+    """Return the text of the marked blocks of docs/methods.md that come from a benchmark.
+
+    Args:
+        results: The result file of the benchmark of the methods.
+    """
+    return {"speed": summary(read_rows(results))}
+
+
 def filled(text: str, contents: Mapping[str, str]) -> str:
     """Return ``text`` with every block between ``<!-- name -->`` and ``<!-- end -->`` replaced.
 
@@ -41,8 +54,9 @@ def filled(text: str, contents: Mapping[str, str]) -> str:
     for name, content in contents.items():
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         before, marker, rest = text.partition(start)
+        rest = rest if rest.startswith("\n") else "\n" + rest  # an empty block has one line break
         if not marker or end not in rest:
-            raise ValueError(f"the README has no markers <!-- {name} --> ... <!-- end -->")
+            raise ValueError(f"the text has no markers <!-- {name} --> ... <!-- end -->")
         text = before + start + content + rest[rest.index(end) :]
     return text
 
@@ -110,10 +124,10 @@ def _ratio(row: Row | None) -> str:
 
 
 def main() -> None:
-    """Rewrite the README's blocks."""
+    """Rewrite the blocks."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(), blocks()))
+    for path, contents in ((README, blocks()), (METHODS, method_blocks())):
+        path.write_text(filled(path.read_text(), contents))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What the benchmark of the methods runs, and what it makes of the numbers."""

@@ -98,7 +98,8 @@ def optimizer_rows(shapes: str, base_name: str, options: argparse.Namespace) -> 
     title = f"{shapes}, {base_name}"
     steps = {case.name: timed(case) for case in CASES}
     times, others = interleave(steps, options.rounds, options.warmup, title)
-    moved = {case.name: case.extra + base.fused_moved for case in CASES}
+    active = {name: statistics.mean(shares) for name, shares in given.active.items()}
+    moved = {case.name: base.fused_moved + active[case.name] * case.extra for case in CASES}
     for case in CASES:
         yield {
             "part": "optimizer",

@@ -59,7 +59,8 @@ sharpness      L(w + e) - L(w) on the same images, also in eval mode, with
                e = {SHARPNESS_RHO:g} grad L(w) / |grad L(w)| whatever the method
 step           median time of a training step, with all evaluations of the gradient
 optimizer      the part of it that is not the model's; SGDM is torch.optim.SGD, and the base
-               optimizer of the others"""
+               optimizer of the others; m-SAM adds up gradients within the backward, which
+               counts as the model's"""
     return f"{table(headers, rows)}\n\n{caption}"
 
 

@@ -40,9 +40,9 @@ _EXPLANATION = """\
 Largest absolute differences that the tests found, of parameters of the size of 1. `cases`:
 trajectories of 20 steps of somebody else's code; `eager` and `fused` say how far the reference and
 the worst fused backend end from them. `step`: one step of the worst fused backend beside one of
-`eager` (with micro-batches: of the formulas in plain torch), from the same state, over all bases,
-options and layouts of the test matrix; single precision rounds to 1.2e-07 of a value, and gradients
-that cancel leave more.
+`eager` (with micro-batches: of the formulas in plain torch), from the same state, over the bases,
+options and layouts that its tests have; single precision rounds to 1.2e-07 of a value, and
+gradients that cancel leave more.
 
 (a) the CUDA kernels, run on the CPU by `tests/emulation`, (b) the Triton kernels in Triton's
 interpreter: neither has run on a GPU yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from cases import BASES, FOREIGN_BASES, METHODS, parameters, set_gradients, step
 from torch.optim import SGD, AdamW
 
-from wsam_fused import GNP, GSAM, SAM, WSAM, _extension
+from wsam_fused import ESAM, GNP, GSAM, RWSAM, SAM, WSAM, _extension
 from wsam_fused.gradients import GradientReader
 from wsam_fused.tensor_list import TensorList
 
@@ -425,3 +426,45 @@ def test_numbers_that_only_a_device_knows_are_refused(name: str, backend: str) -
     with pytest.raises(TypeError, match=f"{name} is a tensor on meta, expected a number"):
         step(optimizer, params, 1)
     assert not optimizer.is_perturbed
+
+
+def test_a_group_whose_geometry_contradicts_itself() -> None:
+    group = {"params": torch.nn.Linear(3, 2).parameters(), "adaptive": True, "geometry": "fisher"}
+    with pytest.raises(ValueError, match=r"adaptive is True, .* but geometry is 'fisher'"):
+        SAM([group], torch.optim.SGD, lr=0.1)
+
+
+def losses_of(model: torch.nn.Module, index: torch.Tensor | None = None) -> torch.Tensor:
+    losses: torch.Tensor = model(torch.ones(3 if index is None else len(index), 3)).sum(1)
+    return losses
+
+
+def test_a_share_of_zero_that_is_set_later_is_named() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer.param_groups[0]["beta"] = 0.0
+    with pytest.raises(ValueError, match=r"beta is 0\.0, expected a number"):
+        optimizer.step(functools.partial(losses_of, model))
+    assert not optimizer.is_perturbed
+
+
+@pytest.mark.parametrize("vanishing", [1, 2])
+def test_gsam_without_eps_at_a_gradient_of_zero(vanishing: int, backend: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    params = list(model.parameters())
+    optimizer = GSAM(params, torch.optim.SGD, lr=0.1, eps=0.0, backend=backend)
+    for evaluation in (1, 2):
+        for param in params:
+            param.grad = torch.full_like(param, 0.0 if evaluation == vanishing else 1.0)
+        (optimizer.first_step if evaluation == 1 else optimizer.second_step)(zero_grad=True)
+    assert all(bool(param.isfinite().all()) for param in params)
+
+
+@pytest.mark.parametrize("method", [ESAM, RWSAM])
+def test_losses_of_samples_where_gradients_are_off(method: Any) -> None:
+    model = torch.nn.Linear(3, 2)
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer = method(model.parameters(), torch.optim.SGD, lr=0.1)
+    with torch.no_grad():
+        optimizer.step(functools.partial(losses_of, model))
+    assert not any(map(torch.equal, model.parameters(), before))

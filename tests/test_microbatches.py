@@ -342,3 +342,97 @@ def test_telemetry(backend: str) -> None:
         loss = optimizer.step(problem.closures())
         assert torch.equal(optimizer.last.loss, loss)
         assert optimizer.last.sharpness > 0
+        # Norms are told only where they are those of mean gradients.
+        if method in ("sam", "gsam"):
+            assert optimizer.last.grad_norm is optimizer.last.cosine is None
+        else:
+            twin = Problem()
+            expected = norm(mean([twin.gradients(part) for part in range(3)]))
+            torch.testing.assert_close(optimizer.last.grad_norm, expected)
+
+
+# ---- what closures may do with memory ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_another_dtype(method: str, backend: str) -> None:
+    """Sums have the dtype of the parameters, and `grad_dtype` stays as it was."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = Problem(torch.float32)
+        for param in problem.params:
+            param.grad_dtype = dtype
+        optimizer = ALL_METHODS[method](problem.params, BASES["sgd"], rho=RHO, backend=backend)
+        optimizer.step(problem.closures())
+        assert {param.grad_dtype for param in problem.params} == {dtype}
+        results.append(torch.cat([param.detach().flatten() for param in problem.params]))
+    start = torch.cat([param.detach().flatten() for param in Problem(torch.float32).params])
+    torch.testing.assert_close(results[1] - start, results[0] - start, rtol=0.05, atol=5e-3)
+    assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_that_moves_while_it_is_perturbed(method: str, backend: str) -> None:
+    problem, twin = Problem(), Problem()
+    optimizers = [
+        ALL_METHODS[method](one.params, BASES["sgdm"], rho=RHO, backend=backend)
+        for one in (problem, twin)
+    ]
+    calls = 0
+
+    def moving(closure: Callable[[], Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls % 2 == 0:  # at the ascent point
+            problem.params[0].data = problem.params[0].data.clone()
+        return closure()
+
+    optimizers[0].step([functools.partial(moving, each) for each in problem.closures()])
+    optimizers[1].step(twin.closures())
+    for ours, expected in zip(problem.params, twin.params, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_closures_write_over_those_in_use_are_an_error(
+    method: str, backend: str
+) -> None:
+    problem = Problem()
+    before = [param.detach().clone() for param in problem.params]
+    kept = [torch.ones_like(param) for param in problem.params]
+    optimizer = ALL_METHODS[method](
+        problem.params, BASES["sgd"], rho=RHO, restore="backup", backend=backend
+    )
+
+    def closure() -> Tensor:
+        for param, grad in zip(problem.params, kept, strict=True):
+            param.grad = grad.fill_(1.0)
+        return torch.ones(())
+
+    with pytest.raises(RuntimeError, match=r"over one that is still in use|over the first one"):
+        optimizer.step([closure, closure])
+    if method != "sam":  # a copy of w takes the memory of g1, which the closure has spoilt
+        assert all(torch.equal(p, w) for p, w in zip(problem.params, before, strict=True))
+    assert not optimizer.is_perturbed
+
+
+def test_a_gradient_at_the_ascent_point_only_does_not_count(backend: str) -> None:
+    """As in a step with one closure."""
+    problem = Problem()
+    last = problem.params[-1]
+    before = last.detach().clone()
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = problem.loss(0)
+        loss.backward()
+        if calls % 2 == 1:
+            last.grad = None
+        return loss
+
+    optimizer = SAM(problem.params, BASES["sgd"], rho=RHO, backend=backend)
+    optimizer.step([closure, closure])
+    assert torch.equal(last, before)
+    assert not torch.equal(problem.params[0], Problem().params[0])

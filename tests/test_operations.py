@@ -158,7 +158,7 @@ def test_noise_is_that_of_the_reference_and_leaves_nothing_behind(
         with torch.no_grad():
             engine.probe(2**40 + 12345)
             lists.append([param.detach().clone() for param in params])
-            engine.leave_probe()
+            engine.return_to_weights()
         assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
     assert all(torch.equal(p, expected) for p, expected in zip(*lists, strict=True))
     moves = torch.cat([(p - w).flatten() for p, w in zip(lists[0], before, strict=True)])

@@ -183,6 +183,37 @@ def test_plain_steps_are_those_of_the_base_optimizer(method: str, backend: str) 
                 torch.testing.assert_close(param, expected, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("method", ["sam", "wsam", "gsam"])
+def test_a_plain_step_with_a_gradient_that_is_not_finite_is_skipped(
+    method: str, backend: str
+) -> None:
+    params = parameters("unaligned", torch.float64)
+    optimizer = METHODS[method](params, BASES["adamw"], every=3, backend=backend)
+    set_gradients(params, 0)
+    optimizer.first_step(zero_grad=True)
+    assert optimizer.last.grad_norm is not None
+    before = [param.detach().clone() for param in params]
+    set_gradients(params, 1)
+    assert params[0].grad is not None
+    params[0].grad.view(-1)[3] = float("nan")
+    optimizer.first_step(zero_grad=True)
+    assert all(torch.equal(param, w) for param, w in zip(params, before, strict=True))
+    assert optimizer.skipped_steps == 1
+    assert {float(entry["step"]) for entry in optimizer.state.values()} == {1.0}
+
+
+def test_a_group_that_is_added_later_counts_with_the_others(backend: str) -> None:
+    params = parameters("unaligned", torch.float64)
+    optimizer = SAM(params[:2], SGD, rho=InverseSqrt(0.5), lr=0.1, backend=backend)
+    for number in range(3):
+        step(optimizer, params[:2], number)
+    optimizer.add_param_group({"params": params[2:]})
+    assert [group["rho"] for group in optimizer.param_groups][1] == 0.25
+    set_gradients(params, 3)
+    optimizer.first_step(zero_grad=True)
+    assert [group["rho"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
 def test_plain_steps_call_by_call_end_with_the_first_call(backend: str) -> None:
     params = parameters("unaligned", torch.float64)
     optimizer = WSAM(params, BASES["sgd"], every=2, backend=backend)

@@ -60,5 +60,5 @@ def test_noise_and_back() -> None:
     engine.probe(7)
     moves = [((p - w).detach() / 1e-3).abs() for p, w in zip(params, before, strict=True)]
     assert all(torch.allclose(move, torch.ones_like(move), atol=1e-3) for move in moves)
-    engine.leave_probe()
+    engine.return_to_weights()
     assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))

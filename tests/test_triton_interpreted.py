@@ -156,7 +156,7 @@ def test_noise(values: Values, dtype: torch.dtype) -> None:
             engine.lists.set_rows(rows)
             engine.probe(2**40 + 12345)
             moved = [param.detach().clone() for param in params]
-            engine.leave_probe()
+            engine.return_to_weights()
         assert all(torch.equal(param, w) for param, w in zip(params, before, strict=True))
         assert not any(torch.equal(p, w) for p, w in zip(moved, before, strict=True))
         params[:] = moved  # type: ignore[assignment]

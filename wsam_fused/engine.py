@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
+from wsam_fused.autocast import forget_casts
 from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import derived, with_the_perturbation_of
@@ -168,6 +169,10 @@ class StepEngine:
             tensors.grads[evaluation] = grads
             BACKENDS[tensors.key.backend].bind(tensors, evaluation, addresses)
 
+    def forget_norms(self) -> None:
+        """Do not tell the norms of this step: they are of something else than gradients."""
+        self.known, self.knows_dot = set(), False
+
     # ---- the operations ----------------------------------------------------------------------
 
     def reduce(self, evaluation: int, *, with_first: bool = False) -> None:
@@ -191,7 +196,7 @@ class StepEngine:
         """Move the parameters to another point.
 
         Autograd has been told by whoever read gradients just before; else see
-        :meth:`tell_autograd`.
+        :meth:`_tell_autograd`.
         """
         leaves = self.at == Point.WEIGHTS
         self.at = target  # should it fail half-way, some are there
@@ -206,8 +211,17 @@ class StepEngine:
         if target == Point.WEIGHTS:
             for tensors in self.lists.lists:
                 tensors.backups = None
+        forget_casts()
 
-    def tell_autograd(self) -> None:
+    def return_to_weights(self) -> None:
+        """Move the parameters back to w, wherever their memory is by now."""
+        for tensors in self.lists.lists:
+            if tensors.reader.moved():
+                self._follow_storage(tensors, same_layout=False)
+        self._tell_autograd()
+        self.move_to(Point.WEIGHTS)
+
+    def _tell_autograd(self) -> None:
         """Let autograd know that what it saved of the parameters is about to be outdated."""
         for tensors in self.lists.lists:
             increment_version(tensors.params)
@@ -222,13 +236,8 @@ class StepEngine:
             tensors.shared.scalars[Slot.SEED].fill_(seed)
             none = torch.zeros(len(tensors.params), dtype=torch.int64, device="cpu")
             backend.bind(tensors, 0, none)
-        self.tell_autograd()
+        self._tell_autograd()
         self.move_to(Point.PROBE)
-
-    def leave_probe(self) -> None:
-        """Move them back."""
-        self.tell_autograd()
-        self.move_to(Point.WEIGHTS)
 
     def update(
         self,
@@ -344,16 +353,13 @@ class StepEngine:
         """Put the weights back if they are somewhere else, and forget the step."""
         try:
             if self.at != Point.WEIGHTS:
-                for tensors in self.lists.lists:
-                    if tensors.reader.moved():
-                        self._follow_storage(tensors, same_layout=False)
-                self.tell_autograd()
-                self.move_to(Point.WEIGHTS)
+                self.return_to_weights()
         finally:
             self.finish()
 
     def finish(self) -> None:
         """Forget the gradients and the copies of a step."""
+        forget_casts()
         self.at = Point.WEIGHTS
         self.read = 0
         for tensors in self.lists.lists:

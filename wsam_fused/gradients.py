@@ -124,10 +124,13 @@ class GradientReader:
         """
         indices: list[int] = []
         if taken:
-            if self._shared is None:
+            shared = self._shared
+            if shared is None:
                 pairs = enumerate(grads)
-                self._shared = [i for i, grad in pairs if grad is not None and _is_shared(grad)]
-            indices += self._shared
+                shared = [i for i, grad in pairs if grad is not None and _is_shared(grad)]
+                if all(grad is not None for grad in grads):
+                    self._shared = shared
+            indices += shared
         if written:
             indices += overlapping(self._addresses, self._sizes * self._dtype.itemsize)
         for i in indices:
@@ -156,6 +159,10 @@ class GradientReader:
             self._addresses.data_ptr(),
             take,
         )
+
+    def forget_who_shares(self) -> None:
+        """Ask again whose memory others use: what was read last was no backward's."""
+        self._shared = None
 
     def give_back(self, tensors: Sequence[Tensor | None]) -> None:
         """Put gradients that were taken out of ``.grad`` back."""

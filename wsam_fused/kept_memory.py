@@ -23,7 +23,11 @@ class KeptSums:
         self._kept: dict[Tensor, Tensor] = {}
 
     def begin(self, param: Tensor, grad: Tensor, share: float) -> Tensor:
-        """Return ``share * grad``, where possible in the memory that the last step had for it."""
+        """Return ``share * grad`` in the parameter's dtype.
+
+        Where possible it is in the memory that the last step had for it.
+        """
+        grad = grad.to(param.dtype)
         kept = self._kept.get(param)
         if kept is not None and _alike(kept, grad):
             return torch.mul(grad, share, out=kept)

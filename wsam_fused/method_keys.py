@@ -55,7 +55,8 @@ class MethodKeys:
         geometry, eta = self.names["geometry"], self.names["eta"]
         if "adaptive" in group:
             if group.pop("adaptive"):
-                group.setdefault(geometry, "adaptive")
+                if group.setdefault(geometry, "adaptive") != "adaptive":
+                    raise ValueError(_contradiction(group[geometry]))
                 group.setdefault(eta, 0.0)
             else:
                 group.setdefault(geometry, "euclidean")
@@ -98,13 +99,15 @@ def geometry_of(geometry: str | None, eta: float | None, *, adaptive: bool) -> d
         ValueError: They contradict each other or are out of range.
     """
     if adaptive and geometry not in (None, "adaptive"):
-        raise ValueError(
-            f"adaptive is True, short for geometry='adaptive', but geometry is {geometry!r}"
-        )
+        raise ValueError(_contradiction(geometry))
     name = geometry or ("adaptive" if adaptive else "euclidean")
     choice("geometry", name, tuple(GEOMETRIES))
     default = 0.0 if adaptive and geometry is None else _DEFAULT_ETA[name]
     return {"geometry": name, "eta": default if eta is None else number("eta", eta, 0.0)}
+
+
+def _contradiction(geometry: Any) -> str:
+    return f"adaptive is True, short for geometry='adaptive', but geometry is {geometry!r}"
 
 
 def without_weight(group: Mapping[str, Any]) -> frozenset[int]:

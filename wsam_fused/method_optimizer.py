@@ -134,6 +134,8 @@ class MethodOptimizer(Optimizer):
         """
         self._require_idle("add_param_group()")
         self._method_keys.spell_out(param_group)
+        if self.param_groups:  # it counts with the others
+            param_group.setdefault(STEP, self._steps())
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])

@@ -25,6 +25,7 @@ from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import with_the_perturbation_of
 from wsam_fused.engine import StepEngine
+from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import check_not_overwritten, walkable
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 Closure = Callable[[], Any]
 
 _OVERWRITTEN = (
-    "the gradient of a parameter of shape {shape} was written over the sum of those of earlier "
-    "micro-batches; closures must not leave their gradients in memory that they use again"
+    "the gradient of a parameter of shape {shape} was written over one that is still in use, that "
+    "at w or the sum over earlier micro-batches; closures must not leave their gradients in memory "
+    "that they use again"
 )
 
 
@@ -111,7 +113,7 @@ class _MicrobatchStep:
         poison = None
         for closure in self._closures:
             losses.append(self._perturb_by(closure))
-            with self._adding_up(second):
+            with self._adding_up(second, self._first_addresses()):
                 perturbed.append(closure())
             self._go_back()
             if optimizer.uses_first_gradient:
@@ -123,7 +125,9 @@ class _MicrobatchStep:
         if optimizer.uses_first_gradient:
             self._update(method, optimizer.required, first.values, second.values)
         else:  # h is g2, with a weight of 1
-            self._update([BASE_ROW] * len(method), 0b1, second.values, poison=poison)
+            self._update(
+                [BASE_ROW] * len(method), 0b1, second.values, poison=poison, is_gradient=False
+            )
         return self._note(losses, perturbed)
 
     def _run_derived(self, method: list[Row]) -> Any:
@@ -139,7 +143,7 @@ class _MicrobatchStep:
                 self._engine.read_next(take=True)
                 rows = optimizer._rows(method)
                 total = combine(self._engine, rows, method, self._share, total)
-        self._update([BASE_ROW] * len(method), 0b1, total)
+        self._update([BASE_ROW] * len(method), 0b1, total, is_gradient=False)
         return self._note(losses, perturbed)
 
     @property
@@ -160,32 +164,52 @@ class _MicrobatchStep:
     @torch.no_grad()
     def _go_back(self) -> None:
         self._optimizer._batch_norm.restore()
-        self._engine.tell_autograd()
-        self._engine.move_to(Point.WEIGHTS)
+        self._engine.return_to_weights()
 
     @contextmanager
-    def _adding_up(self, total: GradientSum) -> Iterator[None]:
-        """Add every gradient to a total as soon as it is complete, and let go of it."""
+    def _adding_up(
+        self, total: GradientSum, first: Mapping[Tensor, int] | None = None
+    ) -> Iterator[None]:
+        """Add every gradient to a total as soon as it is complete, and let go of it.
+
+        Args:
+            total: The sum.
+            first: Addresses of the gradients at w, if these are others: what has none does not
+                count, as in a step with one closure.
+        """
 
         def add(param: Tensor) -> None:
             if param.grad is not None:
-                total.add([param], [param.grad])
+                if first is not None and param.grad.data_ptr() == first.get(param):
+                    raise RuntimeError(_OVERWRITTEN.format(shape=tuple(param.shape)))
+                if first is None or param in first:
+                    total.add([param], [param.grad])
                 param.grad = None
 
         self._optimizer.zero_grad()
-        hooks = [
-            param.register_post_accumulate_grad_hook(add)
-            for param in self._params
-            if param.requires_grad
-        ]
+        hooks = []
+        if not _is_distributed():
+            hooks = [
+                param.register_post_accumulate_grad_hook(add)
+                for param in self._params
+                if param.requires_grad
+            ]
         try:
             with torch.enable_grad():
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
-        for param in self._params:  # what a closure has put there itself
+        for param in self._params:  # without hooks, and what a closure has put there itself
             add(param)
+
+    def _first_addresses(self) -> dict[Tensor, int]:
+        return {
+            param: address
+            for tensors in self._engine.lists.lists
+            for param, address in zip(tensors.params, tensors.addresses[0].tolist(), strict=True)
+            if address
+        }
 
     @torch.no_grad()
     def _update(
@@ -194,24 +218,33 @@ class _MicrobatchStep:
         required: int,
         *totals: dict[Tensor, Tensor],
         poison: Tensor | None = None,
+        is_gradient: bool = True,
     ) -> None:
         """Update with means in place of gradients; one that is not finite skips the step.
 
-        So does a ``poison`` of NaN, a scalar that is 0 else.
+        Args:
+            method: The rows to apply to them.
+            required: Bit k: what has no mean k + 1 is not updated.
+            totals: The means.
+            poison: A scalar; NaN also skips the step, else it is 0.
+            is_gradient: Whether the first is a mean of gradients at w, whose norm may be told.
         """
         optimizer = self._optimizer
         for evaluation, total in enumerate(totals):
-            for param in self._params:
-                param.grad = total.pop(param, None)
-            if evaluation == 0:
-                engine = optimizer._begin(take=True)
-            else:
-                engine.read_next(take=True)
+            with gradients_for_step(self._params, [total.pop(p, None) for p in self._params]):
+                if evaluation == 0:
+                    engine = optimizer._begin(take=True)
+                else:
+                    engine.read_next(take=True)
             engine.reduce(evaluation)
+        for tensors in engine.lists.lists:
+            tensors.reader.forget_who_shares()  # sums are nobody else's; gradients may be
         if poison is not None:
             for shared in engine.lists.shared.values():
                 shared.scalars[Slot.GRAD1_SQ] += poison.to(shared.scalars.device)
         optimizer._update(method, required=required)
+        if not is_gradient:
+            engine.forget_norms()
         optimizer.zero_grad()
 
     def _note(self, losses: list[Any], perturbed: list[Any]) -> Any:
@@ -315,6 +348,11 @@ class GradientSum:
                 self.values[param].add_(grad, alpha=self._share)
             else:
                 self.values[param] = self._kept.begin(param, grad, self._share)
+
+
+def _is_distributed() -> bool:
+    """Whether gradients may still be averaged after the hooks of their parameters have run."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _mean(losses: list[Any]) -> Any:

@@ -63,6 +63,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         plain = self.is_plain_step
         engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
         if plain:
+            engine.reduce(0)
             self._update([BASE_ROW] * len(self.param_groups), required=0b1)
             return
         try:
@@ -128,7 +129,8 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 are cleared first. A list of closures is a step over micro-batches (m-SAM), of which
                 each has a perturbation of its own and all have the same weight; for a shorter one,
                 multiply its loss by its size over the mean size. Without a closure, a backward must
-                have followed the last call.
+                have followed the last call. The closures of a list must not use gradients after
+                ``backward``: those of a perturbed evaluation are added up within it.
 
         Returns:
             The closure's loss at the unperturbed weights, for a list their mean; None without.

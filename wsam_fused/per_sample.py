@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wsam_fused.arguments import whole_number
+from wsam_fused.autocast import forget_casts
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 from wsam_fused.plan import Point
 from wsam_fused.row import BASE_ROW, Row
@@ -74,10 +75,11 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
             )
         self.zero_grad()
         try:
-            if self.is_plain_step:
-                loss, perturbed_loss = self._plain_step(closure), None
-            else:
-                loss, perturbed_loss = self._sharpness_aware_step(closure)
+            with torch.enable_grad():
+                if self.is_plain_step:
+                    loss, perturbed_loss = self._plain_step(closure), None
+                else:
+                    loss, perturbed_loss = self._sharpness_aware_step(closure)
         except BaseException:
             self.restore()
             raise
@@ -94,7 +96,7 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         losses = losses_with_graph(losses_fn)
         backward(losses.mean())
         with torch.no_grad():
-            self._begin(take=True)
+            self._begin(take=True).reduce(0)
             self._update([BASE_ROW] * len(self.param_groups), required=0b1)
         return losses.detach().mean()
 
@@ -164,6 +166,8 @@ def losses_of(
         ValueError: It returned another shape.
     """
     losses = losses_fn() if index is None else losses_fn(index)
+    if not torch.is_grad_enabled():
+        forget_casts()
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses_fn returned {type(losses).__name__}, {_WANTED}")
     if not losses.is_floating_point():

@@ -33,7 +33,7 @@ class Case:
     Attributes:
         name: As in the tables.
         make: Takes parameters, a base optimizer's class and its arguments.
-        extra: Elements moved per parameter besides those of the base optimizer's pass.
+        extra: Elements moved per perturbed parameter besides those of the base optimizer's pass.
         microbatches: Number of closures of a step; 0 for one that is not a list.
         per_sample: Whether ``step`` takes losses of samples.
     """
@@ -61,8 +61,8 @@ CASES = (
     # 1 + 3, norm of g2 1, to the descent point 3, norm of g3 1, update with g1 and g2 besides g3.
     Case("BSAM", BSAM, 11),
     Case("BSAM, as published", _part(BSAM, as_published=True), 11),
-    # What is not perturbed has no g1: only its base pass.
-    Case("ESAM", _part(ESAM, beta=BETA), 5 * BETA, per_sample=True),
+    # Of the tensors that are perturbed; the others have no g1, and only their base pass.
+    Case("ESAM", _part(ESAM, beta=BETA), 5, per_sample=True),
     # To w + delta z with a copy 3, back 2; then SAM.
     Case("RWSAM", RWSAM, 10, per_sample=True),
     # Each micro-batch: 1 + 3, back 3; sum of g2: 2, then 3. At the end its norm 1.

@@ -36,6 +36,9 @@ class GivenGradients:
         self._grads = [[torch.empty_like(p) for p in self.params] for _ in range(_LISTS)]
         self._outside = 0
         self._evaluation = 0
+        self._active = 0.0
+        # Of each case: which share of the parameters had a first gradient, step by step.
+        self.active: dict[str, list[float]] = {}
 
     def step(self, case: Case, optimizer: Any) -> float:
         """Make one step and return the milliseconds spent in the optimizer."""
@@ -46,6 +49,7 @@ class GivenGradients:
             what = [self._closure] * case.microbatches
         start = time.perf_counter_ns()
         optimizer.step(what)
+        self.active.setdefault(case.name, []).append(self._active)
         return (time.perf_counter_ns() - start - self._outside) / 1e6
 
     @contextmanager
@@ -76,6 +80,9 @@ class GivenGradients:
         number = self._evaluation
         self._evaluation += 1
         # Optimizers may write to gradients, and this touches all of them, as a model does.
+        if number == 0:
+            chosen = sum(p.numel() for p, wants in zip(self.params, wanted, strict=True) if wants)
+            self._active = chosen / sum(param.numel() for param in self.params)
         grads = self._grads[number % _LISTS]
         torch._foreach_copy_(grads, self._values[number % 2])
         for param, grad, is_wanted in zip(self.params, grads, wanted, strict=True):

@@ -113,8 +113,9 @@ def summary(rows: Sequence[Mapping[str, str]]) -> str:
     wanted = (
         f"Bold: more than is wanted. That is {SLACK:g} times what the memory moved makes of WSAM's "
         f"time; for a whole step {STEP_ALLOWED['RWSAM']:.3g} for RWSAM (a sixth and 5 %), 1 for "
-        "ESAM. A CPU also reads what is written without having been read, such as copies of w, "
-        "which `moved` does not count. More is in "
+        "ESAM. A CPU also reads what is written without having been read, such as sums of "
+        "micro-batches, which `moved` does not count. `moved` of ESAM is the mean over its steps: "
+        "it perturbs tensors at random. More is in "
         "[cpu-methods.md](../benchmarks/results/cpu-methods.md)."
     )
     return "\n\n".join([*parts, wanted])

@@ -44,23 +44,29 @@ bool has_dtype(const Request& request, PyObject* tensor) {
   return dtype == request.dtype;
 }
 
-// Reads one gradient (a new reference); null if anything about it is not as usual.
+// Whether a gradient is as usual; notes its address and takes it out of `.grad`.
+bool is_usual(const Request& request, Py_ssize_t index, PyObject* param, PyObject* grad) {
+  int64_t size = 0, device = 0;
+  return has_dtype(request, grad) && returns(request.is_contiguous, grad, Py_True) &&
+         (!request.take || returns(request.is_view, grad, Py_False)) &&
+         integer_of(request.numel, grad, &size) && size == request.sizes[index] &&
+         integer_of(request.get_device, grad, &device) && device == request.device &&
+         integer_of(request.data_ptr, grad, &request.addresses[index]) &&
+         (!request.take || PyObject_SetAttr(param, request.grad_name, Py_None) == 0);
+}
+
+// Reads one gradient (a new reference), which may be None; null if anything about it or its
+// parameter is not as usual.
 PyObject* usual_gradient(const Request& request, Py_ssize_t index) {
   PyObject* const param = PyList_GetItem(request.params, index);
   PyObject* const grad = param ? PyObject_GetAttr(param, request.grad_name) : nullptr;
   if (!grad) return nullptr;
-  int64_t param_address = 0, size = 0, device = 0;
-  const bool usual = grad != Py_None && has_dtype(request, grad) &&
-                     returns(request.is_contiguous, grad, Py_True) &&
-                     (!request.take || returns(request.is_view, grad, Py_False)) &&
-                     integer_of(request.numel, grad, &size) && size == request.sizes[index] &&
-                     integer_of(request.get_device, grad, &device) && device == request.device &&
-                     integer_of(request.data_ptr, grad, &request.addresses[index]) &&
-                     returns(request.is_contiguous, param, Py_True) &&
-                     integer_of(request.data_ptr, param, &param_address) &&
-                     param_address == request.known[index] &&
-                     (!request.take || PyObject_SetAttr(param, request.grad_name, Py_None) == 0);
-  if (usual) return grad;
+  int64_t param_address = 0;
+  const bool is_in_place = returns(request.is_contiguous, param, Py_True) &&
+                           integer_of(request.data_ptr, param, &param_address) &&
+                           param_address == request.known[index];
+  if (grad == Py_None) request.addresses[index] = 0;
+  if (is_in_place && (grad == Py_None || is_usual(request, index, param, grad))) return grad;
   Py_DECREF(grad);
   return nullptr;
 }

@@ -91,7 +91,8 @@ class ESAM(PerSampleOptimizer):
 
     def _places(self, group: dict[str, Any]) -> dict[str, Any]:
         places = super()._places(group)
-        return {**places, "rho": places["rho"] / places["beta"]}
+        beta = number("beta", places["beta"], 0.0, 1.0, low_included=False)
+        return {**places, "rho": places["rho"] / beta}
 
     def _sharpness_aware_step(self, losses_fn: LossesFn) -> tuple[Tensor, Tensor]:
         randomness = RandomState(self._params())

@@ -82,6 +82,9 @@ class GSAM(SharpnessAwareOptimizer):
 
         def derive(sums: Sums) -> Mapping[str, Tensor]:
             cosine = sums.dot12 / (sums.norm1 * sums.norm2 + sums.eps)
-            return {"h2": 1.0 + alpha * cosine * sums.norm1 / (sums.norm2 + sums.eps)}
+            along = cosine * sums.norm1 / (sums.norm2 + sums.eps)
+            # Without eps nothing would be divided by nothing where a gradient vanishes.
+            along = torch.where((sums.norm1 > 0) & (sums.norm2 > 0), along, 0.0)
+            return {"h2": 1.0 + alpha * along}
 
         return Row(evaluations=2, h=(-alpha, DERIVED, 0.0), derive=derive, needs_dot=True)

@@ -128,5 +128,5 @@ class RWSAM(PerSampleOptimizer):
         if losses.dtype in LOW_PRECISION:
             raise ValueError(f"losses_fn returned {losses.dtype}, {_TOO_COARSE}")
         self._batch_norm.restore()
-        engine.leave_probe()
+        engine.return_to_weights()
         return losses

@@ -11,6 +11,7 @@ from wsam_fused.bases import BaseOptimizer
 from wsam_fused.documentation import documented
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 from wsam_fused.row import Row
+from wsam_fused.schedules import Schedule
 
 _ROW = Row(evaluations=2, h=(0.0, 1.0, 0.0))
 
@@ -63,7 +64,7 @@ class SAM(SharpnessAwareOptimizer):
         params: Iterable[Any],
         base_optimizer: BaseOptimizer = torch.optim.SGD,
         *,
-        rho: float = 0.05,
+        rho: float | Schedule = 0.05,
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)

@@ -12,6 +12,7 @@ from wsam_fused.bases import BaseOptimizer
 from wsam_fused.documentation import documented
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 from wsam_fused.row import Row
+from wsam_fused.schedules import Schedule
 
 
 @documented
@@ -62,7 +63,7 @@ class WSAM(SharpnessAwareOptimizer):
         params: Iterable[Any],
         base_optimizer: BaseOptimizer = torch.optim.SGD,
         *,
-        rho: float = 0.05,
+        rho: float | Schedule = 0.05,
         gamma: float = 0.9,
         decouple: bool = True,
         **kwargs: Any,

@@ -11,7 +11,6 @@ CSV and Markdown.
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import statistics
 import sys
@@ -21,9 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.common import QUIET_SHARE, RESULTS, environment, paired, shapes_of
+from benchmarks.common import RESULTS, environment, paired, shapes_of
 from benchmarks.contenders.contender import BASES
-from benchmarks.load import OtherLoad
+from benchmarks.load import quiet_rounds
 from benchmarks.methods import results
 from benchmarks.methods.cases import CASES, REFERENCE
 from benchmarks.methods.given import GivenGradients
@@ -31,8 +30,6 @@ from benchmarks.methods.net import METHODS, Net, Training, nets
 from benchmarks.methods.results import Row
 
 _SHAPES, _QUICK_SHAPES = ("8x4096x1024", "resnet18", "gpt2-small"), ("8x128x128",)
-# So many times the rounds asked for are tried to get as many quiet ones.
-_PATIENCE = 3
 
 
 def interleave(
@@ -50,30 +47,14 @@ def interleave(
         The milliseconds by round, and the mean share of the cores that other processes used.
     """
     shuffler = random.Random(0)
-    seen: list[tuple[float, dict[str, float]]] = []
-    quiet = 0
-    gc.collect()
-    gc.disable()
-    try:
-        bar = tqdm(total=rounds, desc=title, unit="round", disable=not sys.stderr.isatty())
-        for number in range(-warmup, _PATIENCE * rounds):
-            load = OtherLoad()
-            times = {name: steps[name]() for name in shuffler.sample(list(steps), len(steps))}
-            share = load.share()
-            if number < 0:
-                continue
-            seen.append((share, times))
-            if share <= QUIET_SHARE:
-                quiet += 1
-                bar.update()
-            if quiet == rounds:
-                break
-        bar.close()
-    finally:
-        gc.enable()
-    chosen = sorted(seen, key=lambda one: one[0])[:rounds]
-    times = {name: [one[name] for _, one in chosen] for name in steps}
-    return times, statistics.mean(share for share, _ in chosen)
+
+    def measured() -> dict[str, float]:
+        return {name: steps[name]() for name in shuffler.sample(list(steps), len(steps))}
+
+    with tqdm(total=rounds, desc=title, unit="round", disable=not sys.stderr.isatty()) as bar:
+        found = quiet_rounds(measured, rounds, warmup, bar.update)
+    times = {name: [one[name] for _, one in found] for name in steps}
+    return times, statistics.mean(share for share, _ in found)
 
 
 def optimizer_rows(shapes: str, base_name: str, options: argparse.Namespace) -> Iterator[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import statistics
 import time
@@ -13,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import QUIET_SHARE, Shape, count_of
+from benchmarks.common import Shape, count_of
 from benchmarks.contenders.contender import BASES, Base, Contender
-from benchmarks.load import OtherLoad
+from benchmarks.load import quiet_rounds
 
 # Small enough to compile at once; sizes that are no multiple of a vector's.
 PARITY_SHAPES: list[Shape] = [(33, 17), (5,), (64, 3, 3)]
 STREAM_MIN_BYTES = 64 * 2**20
-# So many times the rounds asked for are tried to get as many quiet ones.
-PATIENCE = 3
 
 
 class ParityError(RuntimeError):
@@ -134,8 +131,7 @@ def interleave(
     """Time all contenders in every round, each time in another order.
 
     All step the same parameters and share the state of their ``torch.optim`` optimizers: values do
-    not matter here, and memory does. Rounds go on until enough of them were quiet, or for
-    ``PATIENCE`` times as many; the quietest count.
+    not matter here, and memory does. The quietest rounds count.
 
     Args:
         problem: What they step.
@@ -149,34 +145,17 @@ def interleave(
         optimizer.state = optimizers[0].state
     elements = max(count_of([p.shape for p in problem.params]), STREAM_MIN_BYTES // 4)
     buffer = torch.ones(elements)
-    seen: list[Round] = []
-    quiet = 0
     shuffler = random.Random(0)
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(-warmup, PATIENCE * rounds):
-            one = _round(problem, shuffler.sample(contenders, len(contenders)), buffer)
-            if number < 0:
-                continue
-            seen.append(one)
-            if one.others <= QUIET_SHARE:
-                quiet += 1
-                advance()
-            if quiet == rounds:
-                break
-    finally:
-        gc.enable()
-    return Timings(sorted(seen, key=lambda one: one.others)[:rounds], elements)
 
+    def measured() -> tuple[dict[str, float], float]:
+        order = shuffler.sample(contenders, len(contenders))
+        steps = {contender.name: problem.step(contender) for contender in order}
+        start = time.perf_counter_ns()
+        buffer.mul_(1.0)
+        return steps, (time.perf_counter_ns() - start) / 1e6
 
-def _round(problem: Problem, order: Sequence[Contender], buffer: Tensor) -> Round:
-    load = OtherLoad()
-    steps = {contender.name: problem.step(contender) for contender in order}
-    start = time.perf_counter_ns()
-    buffer.mul_(1.0)
-    stream = (time.perf_counter_ns() - start) / 1e6
-    return Round(steps, stream, load.share())
+    found = quiet_rounds(measured, rounds, warmup, advance)
+    return Timings([Round(*one, others) for others, one in found], elements)
 
 
 def check_parity(

@@ -1,14 +1,62 @@
-"""How much of the machine other processes use meanwhile."""
+"""How much of the machine other processes use meanwhile, and rounds in which they use little."""
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.common import QUIET_SHARE
 
 _STAT = Path("/proc/stat")
 # Linux counts in ticks; what others used is known to about one per core.
 _RESOLUTION_TICKS = 1
+# So many times the rounds asked for are tried to get as many quiet ones.
+_PATIENCE = 3
+
+T = TypeVar("T")
+
+
+def quiet_rounds(
+    make: Callable[[], T],
+    rounds: int,
+    warmup: int,
+    advance: Callable[[], object] = lambda: None,
+) -> list[tuple[float, T]]:
+    """Make rounds until enough of them were quiet, or for ``_PATIENCE`` times as many.
+
+    Args:
+        make: Makes one and returns what it measured. No garbage is collected meanwhile.
+        rounds: How many count.
+        warmup: How many are made before and do not count.
+        advance: Called after each quiet round.
+
+    Returns:
+        The quietest, each after the share of the cores that other processes used.
+    """
+    seen: list[tuple[float, T]] = []
+    quiet = 0
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(-warmup, _PATIENCE * rounds):
+            load = OtherLoad()
+            found = make()
+            share = load.share()
+            if number < 0:
+                continue
+            seen.append((share, found))
+            if share <= QUIET_SHARE:
+                quiet += 1
+                advance()
+            if quiet == rounds:
+                break
+    finally:
+        gc.enable()
+    return sorted(seen, key=lambda one: one[0])[:rounds]
 
 
 class OtherLoad:

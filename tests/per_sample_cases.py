@@ -26,6 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def vector(*values: float) -> torch.nn.Parameter:
+    """A float64 parameter."""
+    return torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+
 class Linear:
     """Losses that are linear in the parameters, so that gradients do not depend on the point."""
 

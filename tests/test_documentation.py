@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import INDEX
 
 import wsam_fused
 from benchmarks import readme
@@ -57,6 +58,15 @@ def test_command_line_prints_backends_and_reasons() -> None:
 def test_figures_in_the_readme_are_those_of_the_results() -> None:
     text = (readme.ROOT / "README.md").read_text()
     assert readme.filled(text, readme.blocks()) == text, "run python -m benchmarks.readme"
+
+
+def test_the_readme_counts_the_trajectories_that_there_are() -> None:
+    cases = [case["peer"] for case in INDEX["cases"]]
+    peers = {peer.partition("+")[0] for peer in cases if not peer.startswith("none")}
+    public = sum(not peer.startswith("none") for peer in cases)
+    text = " ".join((readme.ROOT / "README.md").read_text().split())
+    assert len(peers) == 9
+    assert f"{len(cases)} trajectories, {public} of them of nine public implementations" in text
 
 
 @pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason=str(_extension.UNAVAILABLE))

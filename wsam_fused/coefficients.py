@@ -10,6 +10,11 @@ from wsam_fused.plan import GroupRow, Slot
 from wsam_fused.row import Row, Sums
 
 
+def clip_factor(max_norm: float, norm: Tensor) -> Tensor:
+    """Return min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_``."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 def derived(
     scalars: Tensor, rows: Sequence[GroupRow], method: Sequence[Row], *, foreign: bool
 ) -> list[Mapping[str, Tensor]]:
@@ -29,7 +34,7 @@ def derived(
             continue
         clipped, dot = norms, scalars[Slot.DOT12]
         if row.max_norm >= 0:
-            factors = (row.max_norm / (norms + 1e-6)).clamp(max=1.0)
+            factors = clip_factor(row.max_norm, norms)
             clipped, dot = norms * factors, dot * factors[0] * factors[1]
         first, second, third = clipped.unbind()
         columns = of_method.derive(Sums(first, second, third, dot, row.ascent_eps))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.coefficients import clip_factor
 from wsam_fused.plan import Geometry, GroupRow, Point, Slot
 from wsam_fused.tensor_list import TensorList
 
@@ -258,12 +259,11 @@ def _weighted(tensors: TensorList, i: int, name: str, grads: list[Tensor | None]
 
 
 def _clip_factor(tensors: TensorList, i: int, evaluation: int) -> Tensor | float:
-    """min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_``."""
     max_norm = tensors.shared.rows[tensors.groups[i]].max_norm
     if max_norm < 0:
         return 1.0
     sum_sq = tensors.shared.scalars[Slot.GRAD1_SQ + evaluation]
-    return (max_norm / (sum_sq.sqrt() + 1e-6)).clamp(max=1.0)
+    return clip_factor(max_norm, sum_sq.sqrt())
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -83,6 +83,26 @@ inline void check_point(int64_t target, bool has_backup) {
   STD_TORCH_CHECK(target != kProbe || has_backup, "target is the probe, which needs a backup");
 }
 
+// Weights in float32 are those of parameters of 16 bits. These are never recomputed.
+inline void check_precision(ScalarType dtype, bool has_backup, bool has_master, bool moves) {
+  const bool low = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  STD_TORCH_CHECK(!has_master || (low && has_backup),
+                  "has_master is True, which needs 16-bit parameters and has_backup=True");
+  STD_TORCH_CHECK(!low || has_backup || !moves,
+                  "dtype has 16 bits, which needs has_backup=True to move parameters");
+}
+
+inline void check_states(ScalarType dtype, ScalarType state_dtype, int64_t rounding_seed) {
+  const bool low = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const ScalarType wide = low ? ScalarType::Float : dtype;
+  STD_TORCH_CHECK(state_dtype == wide || state_dtype == dtype,
+                  "state_dtype is neither that of the parameters nor float32");
+  STD_TORCH_CHECK(rounding_seed >= -1 && rounding_seed < int64_t(1) << 53, "rounding_seed is ",
+                  rounding_seed, ", expected -1 to 2^53 - 1");
+  STD_TORCH_CHECK(rounding_seed < 0 || dtype == ScalarType::BFloat16,
+                  "rounding_seed is not -1, which needs bfloat16 parameters");
+}
+
 inline void check_evaluations(int64_t evaluations, int64_t required) {
   STD_TORCH_CHECK(evaluations >= 1 && evaluations <= 3, "evaluations is ", evaluations,
                   ", expected 1 to 3");

@@ -49,21 +49,29 @@ WSAM_HOST_DEVICE T metric(T w, T g, T eta) {
   return T(1);
 }
 
+// The eta of a metric for gradients that are multiplied by a loss scale.
+WSAM_HOST_DEVICE double scaled_eta(int64_t geometry, const double* scalars, const double* group) {
+  const double inverse = geometry == kFisher ? scalars[kInvScale1] : 1.0;
+  return group[kEta] * inverse * inverse;
+}
+
 // radius / (norm + eps), and 0 where the norm is 0: there is no direction to go. A scale beyond the
-// range of T (a vanishing norm with eps = 0) is held at its largest finite value.
+// range of T (a vanishing norm with eps = 0) is held at its largest finite value. It goes with the
+// gradient in memory, which is the gradient times a loss scale.
 template <typename T>
-WSAM_HOST_DEVICE T step_to_radius(double metric_sq, double radius, const double* group) {
+WSAM_HOST_DEVICE T step_to_radius(const double* scalars, double radius, const double* group) {
   const double largest = sizeof(T) == sizeof(float) ? double(FLT_MAX) : DBL_MAX;
-  const double norm = square_root(metric_sq);
-  const double scale = norm > 0 ? radius / (norm + group[kAscentEps]) : 0.0;
+  const double inverse = scalars[kInvScale1];
+  const double norm = square_root(scalars[kMetricSq]) * inverse;
+  const double scale = norm > 0 ? radius / (norm + group[kAscentEps]) * inverse : 0.0;
   return T(group[kSign] * (scale < largest ? scale : largest));
 }
 
 // What M g1, or the noise, is multiplied by to get from w to a point.
 template <typename T>
 WSAM_HOST_DEVICE T scale_at(Point point, const double* scalars, const double* group) {
-  if (point == kAscent) return step_to_radius<T>(scalars[kMetricSq], group[kRho], group);
-  if (point == kDescent) return -step_to_radius<T>(scalars[kMetricSq], group[kRhoDescent], group);
+  if (point == kAscent) return step_to_radius<T>(scalars, group[kRho], group);
+  if (point == kDescent) return -step_to_radius<T>(scalars, group[kRhoDescent], group);
   return point == kProbe ? T(group[kDelta]) : T(0);
 }
 
@@ -110,12 +118,31 @@ WSAM_HOST_DEVICE T noise_at(uint32_t of_tensor, uint32_t first_word, uint32_t in
   return (word >> (index & 31)) & 1 ? T(1) : T(-1);
 }
 
+// ---- bfloat16 by chance -------------------------------------------------------------------------
+
+// 16 bits that tell to which neighbour an element is rounded: made again from a seed, the tensor's
+// key and age, which operand it is of (0 for p, 1 to 3 for the states), and the element's index.
+WSAM_HOST_DEVICE uint32_t chance_of_tensor(int64_t seed, int64_t key, float age) {
+  return hashed(noise_of_tensor(double(seed), key) + uint32_t(age));
+}
+WSAM_HOST_DEVICE uint32_t chance_at(uint32_t of_tensor, uint32_t operand, uint32_t index) {
+  return hashed(of_tensor + operand * 0x85ebca6bu + index * 0x9e3779b9u) >> 16;
+}
+
+// The bits of a float32 rounded to bfloat16, up with the probability that the value asks for. What
+// is not finite stays so.
+WSAM_HOST_DEVICE uint16_t rounded_by_chance(uint32_t bits, uint32_t chance) {
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  const uint32_t quiet = (bits & 0x007fffffu) != 0 ? 0x00400000u : 0u;
+  return uint16_t((finite ? bits + chance : bits | quiet) >> 16);
+}
+
 // ---- the coefficients of a step ---------------------------------------------------------------
 
 // min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_; a negative max_norm is none.
-WSAM_HOST_DEVICE double clip_factor(double sum_sq, double max_norm) {
+WSAM_HOST_DEVICE double clip_factor(double norm, double max_norm) {
   if (max_norm < 0) return 1.0;
-  const double factor = max_norm / (square_root(sum_sq) + 1e-6);
+  const double factor = max_norm / (norm + 1e-6);
   return factor < 1.0 ? factor : 1.0;
 }
 
@@ -130,7 +157,9 @@ WSAM_HOST_DEVICE Coefficients<T> coefficients(const double* group, const double*
   const double max_norm = group[kMaxNorm];
   Coefficients<T> c{};
   for (int k = 0; k < 3; ++k) {
-    const double factor = group[kSign] * clip_factor(scalars[kGrad1Sq + k], max_norm);
+    const double inverse = scalars[kInvScale1 + k];
+    const double norm = square_root(scalars[kGrad1Sq + k]) * inverse;
+    const double factor = group[kSign] * clip_factor(norm, max_norm) * inverse;
     c.h[k] = T(group[kH1 + k] * factor);
     c.d[k] = T(group[kD1 + k] * factor);
   }
@@ -140,7 +169,7 @@ WSAM_HOST_DEVICE Coefficients<T> coefficients(const double* group, const double*
 // A step whose norms are not all finite updates nothing. Bit k of `checked`: the norm of gradient
 // k + 1 is known.
 WSAM_HOST_DEVICE bool all_finite(const double* scalars, int checked) {
-  bool all = !(checked & 1) || is_finite(scalars[kMetricSq]);
+  bool all = scalars[kFoundInf] == 0 && (!(checked & 1) || is_finite(scalars[kMetricSq]));
   for (int k = 0; k < 3; ++k) all &= !(checked >> k & 1) || is_finite(scalars[kGrad1Sq + k]);
   return all;
 }

@@ -34,7 +34,7 @@ enum TableRow : int {
   kGrad1,      // gradient at w
   kGrad2,      // gradient at the ascent point
   kGrad3,      // gradient at the descent point
-  kBackup,     // copy of w, when it is restored from one
+  kBackup,     // copy of w, when it is restored from one; or the float32 weights that p is of
   kState1,     // momentum_buffer or exp_avg
   kState2,     // exp_avg_sq
   kState3,     // max_exp_avg_sq
@@ -83,6 +83,10 @@ enum ScalarSlot : int {
   kDot12,         // sum of g1 g2
   kSkipped,       // number of steps skipped because a norm was not finite
   kSeed,          // of the noise, a whole number
+  kInvScale1,     // 1 / loss scale of g1: what is in memory times this is the gradient
+  kInvScale2,
+  kInvScale3,
+  kFoundInf,  // not 0: somebody else has seen a gradient that is not finite
   kScalarSlots
 };
 

@@ -21,7 +21,6 @@ def compare_and_align(ours: Any, reference: Any, dtype: torch.dtype, what: str) 
     """Compare parameters and states, which may be on different devices."""
     note_step(ours, all_params(ours), all_params(reference))
     pairs = zip(all_params(ours), all_params(reference), strict=True)
-    wide = dtype if dtype == torch.float64 else torch.float32
     for i, (param, expected) in enumerate(pairs):
         close(
             param.detach().cpu(), expected.detach().cpu(), ONE_STEP[dtype], f"{what}, parameter {i}"
@@ -33,7 +32,7 @@ def compare_and_align(ours: Any, reference: Any, dtype: torch.dtype, what: str) 
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
                     where = f"{what}, {key} {i}"
-                    close(value.cpu(), expected_state[key].cpu(), ONE_STEP[wide], where)
+                    close(value.cpu(), expected_state[key].cpu(), ONE_STEP[value.dtype], where)
                     value.copy_(expected_state[key])
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wsam_fused.tensor_list import LOW_PRECISION, state_dtype
+from wsam_fused.precision import LOW_PRECISION, MASTER_KEY, Precision
 
 
 def without_unused_buffers(
@@ -43,14 +44,18 @@ def with_missing_keys(
     return {**state_dict, "param_groups": merged}
 
 
-def keep_wide_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+def keep_wide_states(
+    optimizer: Optimizer, state_dict: dict[str, Any], precision: Precision
+) -> None:
     """Take the float32 states of low-precision parameters from a checkpoint again.
 
     ``torch.optim.Optimizer.load_state_dict`` has rounded them to the dtype of the parameters.
+    Float32 weights that the optimizer does not keep are left out.
 
     Args:
         optimizer: Has just loaded the checkpoint.
         state_dict: The checkpoint.
+        precision: How the optimizer keeps 16-bit parameters.
     """
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -58,6 +63,10 @@ def keep_wide_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if param.dtype not in LOW_PRECISION:
             continue
         for key, value in state_dict["state"].get(index, {}).items():
-            if isinstance(value, Tensor) and key != "step":
-                wide = value.detach().to(param.device, state_dtype(param), copy=True)
+            if key == MASTER_KEY and not precision.keeps_master(param.dtype):
+                del optimizer.state[param][key]
+            elif isinstance(value, Tensor) and key != "step":
+                is_master = key == MASTER_KEY
+                dtype = torch.float32 if is_master else precision.state_dtype(param.dtype)
+                wide = value.detach().to(param.device, dtype, copy=True)
                 optimizer.state[param][key] = wide

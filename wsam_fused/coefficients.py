@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from wsam_fused.plan import GroupRow, Slot
+from wsam_fused.plan import INVERSE_SCALES, GroupRow, Slot
 from wsam_fused.row import Row, Sums
 
 
@@ -27,12 +27,14 @@ def derived(
         foreign: Whether h goes to an optimizer that multiplies it by the sign itself.
     """
     found: list[Mapping[str, Tensor]] = []
-    norms = scalars[Slot.GRAD1_SQ : Slot.GRAD3_SQ + 1].sqrt()
+    inverse = scalars[INVERSE_SCALES]
+    norms = scalars[Slot.GRAD1_SQ : Slot.GRAD3_SQ + 1].sqrt() * inverse
+    product = scalars[Slot.DOT12] * inverse[0] * inverse[1]
     for row, of_method in zip(rows, method, strict=True):
         if of_method.derive is None:
             found.append({})
             continue
-        clipped, dot = norms, scalars[Slot.DOT12]
+        clipped, dot = norms, product
         if row.max_norm >= 0:
             factors = clip_factor(row.max_norm, norms)
             clipped, dot = norms * factors, dot * factors[0] * factors[1]

@@ -52,6 +52,8 @@ class StepEngine:
         known: Of which of them the norms are known, 0 for g1; of the last step, if none is in
             progress.
         knows_dot: Whether g1 . g2 is known, likewise.
+        checks_this_step: Form the norm of every gradient in the step in progress, whatever
+            ``check_all`` is.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class StepEngine:
         self.known: set[int] = set()
         self.knows_dot = False
         self._check_all = check_all
+        self._is_scaled = True  # tables that come from elsewhere may be
+        self.checks_this_step = False
         self._reuse_first_gradient = reuse_first_gradient
         self.foreign = foreign
 
@@ -101,6 +105,7 @@ class StepEngine:
         taken: list[tuple[TensorList, Gradients]] = []
         try:
             for tensors in self.lists.lists:
+                tensors.follow_parameters()
                 writes = self._writes_first_gradients(tensors)
                 gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
                 taken.append((tensors, gradients))
@@ -145,6 +150,31 @@ class StepEngine:
             if gradients.dtype != tensors.grad_dtype:
                 self.widen_gradients(tensors)
         self.read += 1
+
+    # ---- gradients that are multiplied by a loss scale ---------------------------------------
+
+    def set_loss_scale(self, scale: Tensor | None) -> None:
+        """Say what the gradients of the step in progress are multiplied by; None for nothing."""
+        if scale is None and not self._is_scaled:
+            return
+        for shared in self.lists.shared.values():
+            shared.set_loss_scale(scale)
+        self._is_scaled = scale is not None
+
+    def forget_loss_scale(self, evaluation: int) -> None:
+        """Say that the gradients of one evaluation are not multiplied by it any more."""
+        for shared in self.lists.shared.values():
+            shared.scalars[Slot.INV_SCALE1 + evaluation] = 1.0
+
+    def set_found_inf(self, found: Tensor) -> None:
+        """Say whether somebody else saw a gradient that is not finite: a scalar, not 0 if so."""
+        for shared in self.lists.shared.values():
+            shared.scalars[Slot.FOUND_INF].copy_(found, non_blocking=True)
+
+    def found_inf(self) -> Tensor:
+        """Whether a norm that is known is not finite: a float32 scalar, 1 if so, else 0."""
+        slots = [self.scalars[_SLOTS[evaluation]] for evaluation in sorted(self.known)]
+        return (~torch.isfinite(torch.cat(slots))).any().to(torch.float32)
 
     def _bind(self, tensors: TensorList, evaluation: int, gradients: Gradients) -> None:
         tensors.grads[evaluation] = gradients.tensors
@@ -210,7 +240,7 @@ class StepEngine:
             backend.perturb(tensors, target)
         if target == Point.WEIGHTS:
             for tensors in self.lists.lists:
-                tensors.backups = None
+                tensors.drop_backups()
         forget_casts()
 
     def return_to_weights(self) -> None:
@@ -279,7 +309,8 @@ class StepEngine:
         derives = any(row.derive is not None for row in method)
         needs_dot = any(row.needs_dot for row in method)
         for evaluation in range(self.read):
-            if evaluation not in self.known and (self._check_all or derives):
+            checks = self._check_all or self.checks_this_step or derives
+            if evaluation not in self.known and checks:
                 self.reduce(evaluation, with_first=needs_dot and evaluation == 1)
         if derives:
             for shared in self.lists.shared.values():
@@ -327,6 +358,8 @@ class StepEngine:
         with gradients_for_step(params, h):
             # The one place that waits for the device: a foreign step cannot be skipped on it.
             slots = [self.scalars[_SLOTS[evaluation]] for evaluation in self.known]
+            if self._is_scaled:
+                slots.append(1.0 / (1.0 - self.scalars[Slot.FOUND_INF :][:1].clamp(max=1.0)))
             if slots and not bool(torch.isfinite(torch.cat(slots)).all()):
                 return
             foreign.step()
@@ -362,6 +395,7 @@ class StepEngine:
         forget_casts()
         self.at = Point.WEIGHTS
         self.read = 0
+        self.checks_this_step = False
         for tensors in self.lists.lists:
             tensors.release()
 

@@ -20,6 +20,7 @@ from wsam_fused.method_keys import GEOMETRIES, STEP, MethodKeys, geometry_of, wi
 from wsam_fused.model_state import FrozenBatchNorm
 from wsam_fused.parameters import check_params, check_separate
 from wsam_fused.plan import GroupRow, Slot
+from wsam_fused.precision import Precision
 from wsam_fused.row import Row
 from wsam_fused.telemetry import LastStep
 from wsam_fused.tensor_lists import GroupKind, TensorLists
@@ -33,6 +34,7 @@ _OWN_ATTRIBUTES = (
     "_max_norm",
     "_check_all",
     "_restore",
+    "_precision",
     "_only_weights",
     "_every",
     "_backend",
@@ -68,6 +70,9 @@ class MethodOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         check_finite: bool = False,
         restore: str = "recompute",
+        master_weights: bool = False,
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
         backend: str = "auto",
         model: nn.Module | None = None,
         **base_kwargs: Any,
@@ -83,6 +88,7 @@ class MethodOptimizer(Optimizer):
         self._eps = number("eps", eps, 0.0)
         self._check_all = bool(check_finite) or self._max_norm > 0
         self._restore = choice("restore", restore, ("recompute", "backup"))
+        self._precision = Precision.of(master_weights, state_dtype, stochastic_rounding)
         self._only_weights = bool(only_weights)
         self._every = whole_number("every", every, 1)
         self._backend = choice("backend", backend, backends.names())
@@ -155,6 +161,7 @@ class MethodOptimizer(Optimizer):
             without_weight(group)
         for param in group["params"]:
             backends.select(self._backend, param.device, param.dtype)
+            self._precision.check(param, has_fused_update=self._rule_class is not None)
 
     def _check_values(self, group: dict[str, Any]) -> None:
         self._check_own(self._method_keys.values(group))
@@ -206,7 +213,7 @@ class MethodOptimizer(Optimizer):
         state_dict = checkpoints.with_missing_keys(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
         if self._rule_class is not None:
-            checkpoints.keep_wide_states(self, state_dict)
+            checkpoints.keep_wide_states(self, state_dict, self._precision)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("pickling or copying the optimizer")
@@ -268,6 +275,7 @@ class MethodOptimizer(Optimizer):
             backend=self._backend,
             foreign=foreign is not None,
             step_counts=self._step_counts(),
+            precision=self._precision,
         )
         engine = StepEngine(
             lists,

@@ -44,7 +44,11 @@ _OVERWRITTEN = (
 )
 
 
-def step_with_microbatches(optimizer: SharpnessAwareOptimizer, closures: Sequence[Closure]) -> Any:
+def step_with_microbatches(
+    optimizer: SharpnessAwareOptimizer,
+    closures: Sequence[Closure],
+    scaler: torch.amp.GradScaler | None = None,
+) -> Any:
     """Perform one step; see :meth:`SharpnessAwareOptimizer.step`.
 
     Returns:
@@ -66,7 +70,7 @@ def step_with_microbatches(optimizer: SharpnessAwareOptimizer, closures: Sequenc
             raise TypeError(f"step() was given {closure!r} in a list, expected closures only")
     optimizer.zero_grad()
     try:
-        return _MicrobatchStep(optimizer, closures).run()
+        return _MicrobatchStep(optimizer, closures, scaler).run()
     except BaseException:
         optimizer.restore()
         optimizer.zero_grad()
@@ -79,10 +83,17 @@ class _MicrobatchStep:
     Args:
         optimizer: Whose step it is.
         closures: One for each micro-batch.
+        scaler: Scales their losses, if there is one.
     """
 
-    def __init__(self, optimizer: SharpnessAwareOptimizer, closures: Sequence[Closure]) -> None:
+    def __init__(
+        self,
+        optimizer: SharpnessAwareOptimizer,
+        closures: Sequence[Closure],
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
         self._optimizer = optimizer
+        self._scaler = scaler
         self._closures = closures
         self._share = 1.0 / len(closures)
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -143,7 +154,7 @@ class _MicrobatchStep:
                 self._engine.read_next(take=True)
                 rows = optimizer._rows(method)
                 total = combine(self._engine, rows, method, self._share, total)
-        self._update([BASE_ROW] * len(method), 0b1, total, is_gradient=False)
+        self._update([BASE_ROW] * len(method), 0b1, total, is_gradient=False, is_scaled=False)
         return self._note(losses, perturbed)
 
     @property
@@ -155,7 +166,7 @@ class _MicrobatchStep:
         with torch.enable_grad():
             loss = closure()
         with torch.no_grad():
-            engine = self._optimizer._begin(take=True)
+            engine = self._optimizer._begin(take=True, scaler=self._scaler)
             engine.reduce(0)
             engine.move_to(Point.ASCENT)
             self._optimizer._batch_norm.save()
@@ -219,6 +230,7 @@ class _MicrobatchStep:
         *totals: dict[Tensor, Tensor],
         poison: Tensor | None = None,
         is_gradient: bool = True,
+        is_scaled: bool = True,
     ) -> None:
         """Update with means in place of gradients; one that is not finite skips the step.
 
@@ -228,12 +240,15 @@ class _MicrobatchStep:
             totals: The means.
             poison: A scalar; NaN also skips the step, else it is 0.
             is_gradient: Whether the first is a mean of gradients at w, whose norm may be told.
+            is_scaled: Whether they are still multiplied by the loss scale, if there is one.
         """
         optimizer = self._optimizer
         for evaluation, total in enumerate(totals):
             with gradients_for_step(self._params, [total.pop(p, None) for p in self._params]):
                 if evaluation == 0:
-                    engine = optimizer._begin(take=True)
+                    engine = optimizer._begin(take=True, scaler=self._scaler)
+                    if not is_scaled:
+                        engine.set_loss_scale(None)
                 else:
                     engine.read_next(take=True)
             engine.reduce(evaluation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch
 
 from wsam_fused.base_rules import device_learning_rate
 from wsam_fused.engine import StepEngine
+from wsam_fused.loss_scale import add_to_found, check_scaler, scale_of, tell
 from wsam_fused.method_keys import STEP
 from wsam_fused.method_optimizer import MethodOptimizer
 from wsam_fused.microbatches import step_with_microbatches
@@ -43,7 +45,9 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         return (self._steps() + 1) % self._every != 0
 
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(
+        self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """Perturb the weights by the gradients in ``.grad``.
 
         With ``every`` > 1, the steps between the sharpness-aware ones are made here, whole:
@@ -53,15 +57,19 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             zero_grad: Take the gradients out of ``.grad`` (they live on inside the optimizer, no
                 copy is made). With False ``.grad`` stays as it is, which costs a copy; clear it
                 before the next backward, or that adds to it.
+            scaler: Has scaled the loss. Complete the step by ``scaler.step(optimizer)`` and
+                ``scaler.update()``; do not call ``scaler.unscale_()``. If ``is_perturbed`` is
+                False afterwards (``every``), only by ``scaler.update()``.
 
         Raises:
-            RuntimeError: No parameter has a gradient, or the weights are perturbed already.
-            TypeError: A gradient is sparse or complex.
+            RuntimeError: No parameter has a gradient, the weights are perturbed already, or the
+                scaler has unscaled the gradients.
+            TypeError: A gradient is sparse or complex, or ``scaler`` is no GradScaler.
         """
         self._require_calls("first_step()")
         self._require_idle("first_step()")
         plain = self.is_plain_step
-        engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
+        engine = self._begin(take=zero_grad, copy=not zero_grad and not plain, scaler=scaler)
         if plain:
             engine.reduce(0)
             self._update([BASE_ROW] * len(self.param_groups), required=0b1)
@@ -120,7 +128,12 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self._require_read(2, "third_step()", "second_step()")
         self._complete(zero_grad=zero_grad)
 
-    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
+    def step(
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Any:
         """Perform one whole step, or complete one that ``first_step`` began.
 
         Args:
@@ -131,13 +144,17 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 multiply its loss by its size over the mean size. Without a closure, a backward must
                 have followed the last call. The closures of a list must not use gradients after
                 ``backward``: those of a perturbed evaluation are added up within it.
+            scaler: Scales the loss in the closures, ``scaler.scale(loss).backward()``. Call
+                ``scaler.update()`` afterwards, and not ``scaler.step()``. Without a closure,
+                ``scaler.step(optimizer)`` is what calls this, and it is not given.
 
         Returns:
             The closure's loss at the unperturbed weights, for a list their mean; None without.
 
         Raises:
-            RuntimeError: There is no closure and nothing to complete.
-            TypeError: The method takes no list of closures.
+            RuntimeError: There is no closure and nothing to complete, or the scaler has called
+                this with a closure.
+            TypeError: The method takes no list of closures, or ``scaler`` is no GradScaler.
             ValueError: The list is empty.
 
         If a closure raises, the weights are restored and the state is untouched.
@@ -147,8 +164,9 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             return None
         self._require_calls("step(closure)")
         self._require_idle("step(closure)")
+        self._refuse_closure_of_scaler()
         if isinstance(closure, Sequence):
-            return step_with_microbatches(self, closure)
+            return step_with_microbatches(self, closure, scaler)
         self.zero_grad()
         calls = (self.first_step, self.second_step, self.third_step)[: self.evaluations]
         losses = []
@@ -156,7 +174,10 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             for call in calls:
                 with torch.enable_grad():
                     losses.append(closure())
-                call(zero_grad=call is not calls[-1])
+                if call is calls[0]:
+                    self.first_step(zero_grad=True, scaler=scaler)
+                else:
+                    call(zero_grad=call is not calls[-1])
                 if not self.is_perturbed:  # a step of the base optimizer ends with the first call
                     break
         except BaseException:
@@ -174,12 +195,19 @@ class SharpnessAwareOptimizer(MethodOptimizer):
 
     # ---- parts of a step, for the methods that order them otherwise --------------------------
 
-    def _begin(self, *, take: bool, copy: bool = False) -> StepEngine:
+    def _begin(
+        self, *, take: bool, copy: bool = False, scaler: torch.amp.GradScaler | None = None
+    ) -> StepEngine:
         """Bring the hyper-parameters up to date and read the gradients at w."""
+        self._scaler = check_scaler(scaler, self)
         self._method_keys.apply_schedules(self.param_groups)
         engine = self._current_engine()
         while not engine.read_first(take=take, copy=copy):
             engine = self._new_engine()
+        device = engine.scalars.device
+        engine.set_loss_scale(None if self._scaler is None else scale_of(self._scaler, device))
+        if self._scaler is None:
+            self._warn_of_float16(engine)
         return engine
 
     def _begin_without_gradients(self) -> StepEngine:
@@ -203,6 +231,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         try:
             self._batch_norm.restore()
             engine.read_next()
+            self._note_scaled(engine)
             self._update(self._method_rows(), required=self.required)
         except BaseException:
             engine.abandon()
@@ -221,6 +250,8 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         except BaseException:
             engine.abandon()
             raise
+        if self._scaler is not None and not self._is_called_by_scaler():
+            tell(self._scaler, self, engine)
         self.last.begin(engine)
         self._opt_called = True  # lr_scheduler looks for it
         steps = self._steps() + 1
@@ -239,6 +270,59 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 "pending; call step(closure), or first_step() and backward() before"
             )
         (self.second_step if self.evaluations == 2 else self.third_step)()
+
+    # ---- loss scaling ------------------------------------------------------------------------
+
+    # A GradScaler then calls step() whatever it has found, and says so in `found_inf`.
+    _step_supports_amp_scaling = True
+    # It sets these, for as long as it calls step().
+    grad_scale: torch.Tensor | None
+    found_inf: torch.Tensor | None
+    _scaler: torch.amp.GradScaler | None = None
+    _warned_of_float16 = False
+
+    def _is_called_by_scaler(self) -> bool:
+        return self._found_by_scaler() is not None
+
+    def _found_by_scaler(self) -> torch.Tensor | None:
+        return getattr(self, "found_inf", None)
+
+    def _refuse_closure_of_scaler(self) -> None:
+        if self._is_called_by_scaler():
+            raise RuntimeError(
+                "GradScaler.step() was given a closure, which it cannot scale; call "
+                "optimizer.step(closure, scaler=scaler) and then scaler.update()"
+            )
+
+    def _note_scaled(self, engine: StepEngine) -> None:
+        """Take over what the scaler knows of the last gradients, or look at them ourselves."""
+        found = self._found_by_scaler()
+        if found is None:
+            engine.checks_this_step = self._scaler is not None
+            return
+        if self._scaler is None:
+            raise RuntimeError(
+                "GradScaler.step() completes a step whose first gradients it does not know of; "
+                "call first_step(zero_grad=True, scaler=scaler)"
+            )
+        if self.grad_scale is None:
+            engine.forget_loss_scale(engine.read - 1)  # by scaler.unscale_()
+        engine.set_found_inf(found)
+        add_to_found(self._scaler, self, engine)
+
+    def _warn_of_float16(self, engine: StepEngine) -> None:
+        """Say once that small gradients are lost."""
+        if self._warned_of_float16:
+            return
+        lists = engine.lists.lists
+        if any(torch.float16 in (tensors.key.dtype, tensors.grad_dtype) for tensors in lists):
+            self._warned_of_float16 = True
+            warnings.warn(
+                "gradients are float16, in which small ones vanish, and no GradScaler was given; "
+                "call scaler.scale(loss).backward() and step(closure, scaler=scaler), or use "
+                "bfloat16",
+                stacklevel=4,
+            )
 
     def _require_calls(self, what: str) -> None:
         if self.instead_of_calls is not None:

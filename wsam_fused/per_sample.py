@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wsam_fused.arguments import whole_number
 from wsam_fused.autocast import forget_casts
+from wsam_fused.loss_scale import check_scaler
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 from wsam_fused.plan import Point
 from wsam_fused.row import BASE_ROW, Row
@@ -42,20 +43,25 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         """Return the coefficients: h = g2."""
         return Row(evaluations=2, h=(0.0, 1.0, 0.0))
 
-    def step(self, closure: Any = None) -> Any:
+    _given_scaler: torch.amp.GradScaler | None = None
+
+    def step(self, closure: Any = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
         """Perform one whole step.
 
         Args:
             closure: ``losses_fn(index=None)``: returns the losses of the samples that the int64
                 tensor ``index`` selects (of all if it is None), of shape ``[len(index)]`` or
-                ``[B]``, neither reduced nor detached, and does not call ``backward``. Gradients
-                left over from before are cleared.
+                ``[B]``, neither reduced nor detached nor scaled, and does not call ``backward``.
+                Gradients left over from before are cleared.
+            scaler: Scales the losses before they are differentiated. Call ``scaler.update()``
+                afterwards, and not ``scaler.step()``.
 
         Returns:
             The mean loss at the unperturbed weights, a scalar.
 
         Raises:
-            TypeError: It is not callable or returns no floating tensor.
+            TypeError: It is not callable or returns no floating tensor; ``scaler`` is no
+                GradScaler.
             ValueError: It returns the wrong shape or a tensor without graph.
             RuntimeError: A CUDA graph is being captured: the host draws random numbers.
 
@@ -68,6 +74,8 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
                 "losses_fn(index=None) that returns the losses of the samples"
             )
         self._require_idle("step(losses_fn)")
+        self._refuse_closure_of_scaler()
+        self._given_scaler = check_scaler(scaler, self)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
                 f"step() of {type(self).__name__} draws random numbers on the host, which every "
@@ -83,6 +91,8 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         except BaseException:
             self.restore()
             raise
+        finally:
+            self._given_scaler = None
         self.last.set_losses(loss, perturbed_loss)
         return loss
 
@@ -94,15 +104,15 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
     def _plain_step(self, losses_fn: LossesFn) -> Tensor:
         losses = losses_with_graph(losses_fn)
-        backward(losses.mean())
+        self._backward(losses.mean())
         with torch.no_grad():
-            self._begin(take=True).reduce(0)
+            self._begin(take=True, scaler=self._given_scaler).reduce(0)
             self._update([BASE_ROW] * len(self.param_groups), required=0b1)
         return losses.detach().mean()
 
     @torch.no_grad()
     def _go_to_ascent_point(self) -> None:
-        engine = self._begin(take=True)
+        engine = self._begin(take=True, scaler=self._given_scaler)
         engine.reduce(0)
         engine.move_to(Point.ASCENT)
         self._batch_norm.save()
@@ -111,6 +121,11 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
     def _finish(self) -> None:
         self._complete(zero_grad=True)
 
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar to ``.grad``, times the loss scale if there is one."""
+        scaler = self._given_scaler
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -118,11 +133,6 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         """Return a number for this step; those of other seeds and steps are far away."""
         seed: int = self.own(self.param_groups[0], "seed")
         return (seed * 0x9E3779B97F4A7 + self._steps() + 1) % 2**52
-
-
-def backward(loss: Tensor) -> None:
-    """Add the gradients of a scalar to ``.grad``."""
-    torch.autograd.backward(loss)
 
 
 @contextmanager

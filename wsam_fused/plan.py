@@ -79,6 +79,13 @@ class Slot(IntEnum):
     DOT12 = 4
     SKIPPED = 5
     SEED = 6
+    INV_SCALE1 = 7
+    INV_SCALE2 = 8
+    INV_SCALE3 = 9
+    FOUND_INF = 10
+
+
+INVERSE_SCALES = slice(Slot.INV_SCALE1, Slot.INV_SCALE3 + 1)
 
 
 class Geometry(IntEnum):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from wsam_fused.plan import GroupRow, Slot
+from wsam_fused.plan import INVERSE_SCALES, GroupRow, Slot
 from wsam_fused.upload import Upload
 
 _COLUMN = {name: index for index, name in enumerate(GroupRow._fields)}
@@ -26,6 +26,7 @@ class SharedScalars:
 
     def __init__(self, device: torch.device) -> None:
         self.scalars = torch.zeros(len(Slot), dtype=torch.float64, device=device)
+        self.scalars[INVERSE_SCALES] = 1.0
         self.rows: list[GroupRow] = []
         self.groups = torch.zeros(0, len(GroupRow._fields), dtype=torch.float64, device=device)
         self._upload = Upload(self.groups)
@@ -43,6 +44,15 @@ class SharedScalars:
             self._upload = Upload(self.groups)
         self._upload.send(torch.tensor(rows, dtype=torch.float64, device="cpu"))
         self.rows = list(rows)
+
+    def set_loss_scale(self, scale: Tensor | None) -> None:
+        """Say what the gradients of a step are multiplied by; None for nothing."""
+        inverse = self.scalars[INVERSE_SCALES]
+        if scale is None:
+            inverse.fill_(1.0)
+            self.scalars[Slot.FOUND_INF].zero_()
+        else:
+            inverse.copy_(scale.double().reciprocal(), non_blocking=True)
 
     def set_learning_rates(self, rates: list[Tensor | None]) -> None:
         """Copy learning rates that live on a device into the table, for groups that have one."""

@@ -71,7 +71,9 @@ class LastStep:
     def _norm(self, evaluation: int) -> Tensor | None:
         if self._engine is None or evaluation not in self._engine.known:
             return None
-        return self._engine.scalars[Slot.GRAD1_SQ + evaluation].sqrt()
+        scalars = self._engine.scalars
+        norm = scalars[Slot.GRAD1_SQ + evaluation].sqrt()
+        return norm * scalars[Slot.INV_SCALE1 + evaluation]
 
 
 def _scalar(value: Any) -> Tensor | None:

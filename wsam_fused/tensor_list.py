@@ -13,11 +13,8 @@ from wsam_fused.base_rules import BaseRule
 from wsam_fused.gradients import GradientReader
 from wsam_fused.kept_memory import keeps_scratch
 from wsam_fused.plan import FLAGS, Geometry, PointerTable
+from wsam_fused.precision import follow_parameter
 from wsam_fused.shared_scalars import SharedScalars
-
-# Parameters of these have float32 states, and w of them is restored from a copy: recomputing it
-# would round to the few bits they have.
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class ListKey(NamedTuple):
@@ -29,6 +26,8 @@ class ListKey(NamedTuple):
     rule: BaseRule
     geometry: Geometry
     has_backup: bool
+    state_dtype: torch.dtype
+    has_master: bool
 
 
 @dataclass
@@ -41,16 +40,19 @@ class TensorList:
         groups: Parameter group of each.
         keys: Which parameter of the optimizer each is.
         shared: The scalars of their device.
-        states: A list of tensors per state key of the base rule, float32 or wider.
+        states: A list of tensors per state key of the base rule.
         steps: float32 ``[n]``, updates each parameter has had.
         grad_dtypes: Dtypes of gradients, besides the parameters' own, that the backend reads.
+        masters: The weights in float32, of which the parameters are a copy; or None.
+        rounding_seed: Of rounding by chance; -1 for rounding to nearest.
         flags: float64; the first says at which point the list is.
         grads: g1, g2, g3, all of ``grad_dtype``; an empty list where not evaluated, None for a
             missing gradient.
         grad_dtype: Dtype of the gradients of the step in progress.
         addresses: int64 ``[n]`` on the host for each evaluation read: where its gradients are, 0
             for a missing one.
-        backups: Copies of w while the list is at another point, None otherwise.
+        backups: Copies of w while the list is at another point, None otherwise; the float32
+            weights, always, if there are any.
         table: The addresses of all these, if the backend's kernels need them.
     """
 
@@ -62,6 +64,8 @@ class TensorList:
     states: list[list[Tensor]]
     steps: Tensor
     grad_dtypes: tuple[torch.dtype, ...] = ()
+    masters: list[Tensor] | None = None
+    rounding_seed: int = -1
     flags: Tensor = field(init=False)
     grads: list[list[Tensor | None]] = field(init=False)
     grad_dtype: torch.dtype = field(init=False)
@@ -75,6 +79,18 @@ class TensorList:
         self.grads = [[], [], []]
         self.grad_dtype = self.key.dtype
         self.flags = torch.zeros(FLAGS, dtype=torch.float64, device=self.key.device)
+        self._versions: list[int] = []  # of the parameters: none is known
+        if self.masters is not None:
+            self.backups = Backups.of(self.masters)
+
+    def follow_parameters(self) -> None:
+        """Take over into the float32 weights what others have written to the parameters."""
+        if self.masters is None:
+            return
+        versions = [param._version for param in self.params]
+        if versions != self._versions:
+            for master, param in zip(self.masters, self.params, strict=True):
+                follow_parameter(master, param)
 
     def make_backups(self, reuse_first_gradient: bool) -> None:
         """Provide memory for copies of w.
@@ -83,6 +99,8 @@ class TensorList:
             reuse_first_gradient: The method does not need g1 after the perturbation, so that the
                 copy may take its memory.
         """
+        if self.masters is not None:
+            return
         if reuse_first_gradient and self.grad_dtype == self.key.dtype:
             pairs = zip(self.params, self.grads[0], strict=True)
             self.backups = Backups.of(torch.empty_like(p) if g is None else g for p, g in pairs)
@@ -101,27 +119,38 @@ class TensorList:
         """Drop what lives only inside a step."""
         self.grads = [[], [], []]
         self.addresses = []
-        self.backups = None
+        self.drop_backups()
+        if self.masters is not None:
+            self._versions = [param._version for param in self.params]
+
+    def drop_backups(self) -> None:
+        """Let go of copies of w, which the parameters are at again."""
+        if self.masters is None:
+            self.backups = None
 
     def has_gradients(self, index: int, required: int) -> bool:
         """Whether parameter ``index`` has gradient k + 1 for every bit k of ``required``."""
         return all(self.grads[k][index] is not None for k in range(3) if required >> k & 1)
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """Dtype of the states of ``param``: its own, but at least float32."""
-    return torch.float32 if param.dtype in LOW_PRECISION else param.dtype
+def state_tensor(
+    param: Tensor, loaded: object, name: str, dtype: torch.dtype, *, initial: Tensor | None = None
+) -> Tensor:
+    """Return a state tensor of ``param``, in its layout.
 
-
-def state_tensor(param: Tensor, loaded: object, name: str) -> Tensor:
-    """Return the state tensor of ``param``: what was loaded, in the parameter's layout, or zeros.
+    Args:
+        param: The parameter.
+        loaded: What a checkpoint says, or None.
+        name: Its key.
+        dtype: Of the state.
+        initial: What it begins with; None for zeros.
 
     Raises:
         ValueError: The loaded tensor has another shape.
     """
-    dtype = state_dtype(param)
     if loaded is None:
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        zeros = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return zeros if initial is None else zeros.copy_(initial)
     if not isinstance(loaded, Tensor) or loaded.shape != param.shape:
         found = tuple(loaded.shape) if isinstance(loaded, Tensor) else type(loaded).__name__
         raise ValueError(

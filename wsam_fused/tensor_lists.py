@@ -13,8 +13,9 @@ from wsam_fused.backends import BACKENDS, Backend, Choice, select
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.parameters import check_separate, is_dense
 from wsam_fused.plan import Geometry, GroupRow, PointerTable
+from wsam_fused.precision import LOW_PRECISION, MASTER_KEY, Precision
 from wsam_fused.shared_scalars import SharedScalars
-from wsam_fused.tensor_list import LOW_PRECISION, ListKey, TensorList, state_tensor
+from wsam_fused.tensor_list import ListKey, TensorList, state_tensor
 
 
 class GroupKind(NamedTuple):
@@ -44,6 +45,7 @@ class TensorLists:
         backend: ``"auto"`` or the name of a backend.
         foreign: Whether a base optimizer keeps a state of its own.
         step_counts: Updates that parameters have had, where the state does not say.
+        precision: How 16-bit parameters are kept.
 
     Attributes:
         lists: The lists.
@@ -65,7 +67,9 @@ class TensorLists:
         backend: str,
         foreign: bool,
         step_counts: Mapping[Tensor, float],
+        precision: Precision,
     ) -> None:
+        self._precision = precision
         self.choices: dict[Tensor, Choice] = {}
         self._kinds = list(kinds)
         self._state = state
@@ -97,7 +101,16 @@ class TensorLists:
         has_backup = (
             kind.wants_backup or geometry != Geometry.EUCLIDEAN or param.dtype in LOW_PRECISION
         )
-        return ListKey(param.device, param.dtype, choice.name, kind.rule, geometry, has_backup)
+        return ListKey(
+            param.device,
+            param.dtype,
+            choice.name,
+            kind.rule,
+            geometry,
+            has_backup,
+            self._precision.state_dtype(param.dtype),
+            self._precision.keeps_master(param.dtype),
+        )
 
     def _new_list(
         self,
@@ -114,14 +127,25 @@ class TensorLists:
         ]
         steps = torch.tensor(counts, dtype=torch.float32, device=key.device)
         states = [
-            [state_tensor(p, e.get(name), name) for p, e in zip(params, entries, strict=True)]
+            [
+                state_tensor(p, e.get(name), name, key.state_dtype)
+                for p, e in zip(params, entries, strict=True)
+            ]
             for name in rule.state_keys
         ]
+        masters = None
+        if key.has_master:
+            masters = [
+                state_tensor(p, e.get(MASTER_KEY), MASTER_KEY, torch.float32, initial=p.detach())
+                for p, e in zip(params, entries, strict=True)
+            ]
         for i, param in enumerate(params):  # every tensor is good: now the state may change
             if rule.keeps_step:
                 self._state[param]["step"] = steps[i]
             for name, tensors in zip(rule.state_keys, states, strict=True):
                 self._state[param][name] = tensors[i]
+            if masters is not None:
+                self._state[param][MASTER_KEY] = masters[i]
         # The rule `none` writes to the gradients what the foreign optimizer reads.
         lower = BACKENDS[key.backend].GRADIENT_DTYPES.get(key.dtype, ())
         return TensorList(
@@ -133,6 +157,8 @@ class TensorLists:
             states=states,
             steps=steps,
             grad_dtypes=() if rule == BaseRule.NONE else lower,
+            masters=masters,
+            rounding_seed=self._precision.rounding_seed(key.dtype, rule),
         )
 
     # ---- are they still right? ---------------------------------------------------------------
@@ -158,7 +184,7 @@ class TensorLists:
         return any(
             param not in self._state
             for tensors in self.lists
-            if tensors.key.rule.state_keys
+            if tensors.key.rule.state_keys or tensors.key.has_master
             for param in tensors.params
         )
 

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <type_traits>
+
 #include "../check.h"
 #include "isa.h"
 
@@ -39,18 +41,21 @@ void for_each_segment(const Plan& plan, int64_t chunk, const Visit& visit) {
   }
 }
 
-// Calls body with a value of the C++ type of dtype.
-template <typename Body>
-void with_dtype(ScalarType dtype, ScalarType grad_dtype, const Body& body) {
+inline void check_grad_dtype(ScalarType dtype, ScalarType grad_dtype) {
   STD_TORCH_CHECK(grad_dtype == dtype, "grad_dtype differs from dtype, which the CPU kernels do ",
                   "not support");
+}
+
+// Calls body with a value of the C++ type of a dtype that is computed in as it is.
+template <typename Body>
+void with_dtype(ScalarType dtype, const Body& body) {
   switch (dtype) {
     case ScalarType::Float:
       return body(float{});
     case ScalarType::Double:
       return body(double{});
     default:
-      STD_TORCH_CHECK(false, "dtype of the parameters is not float32 or float64");
+      STD_TORCH_CHECK(false, "dtype of the parameters is not float32, float64, bfloat16, float16");
   }
 }
 

@@ -7,7 +7,7 @@
 //
 // operand   row               access
 // gradient  kGrad1..kGrad3    read     a tensor whose address is 0 is left out
-// w         kParam            read     only for the adaptive geometry
+// w         kParam            read     only for the adaptive geometry; with has_master in kBackup
 // g1        kGrad1            read     only with_first; likewise
 //
 // Moves 1 element per parameter, 2 for the adaptive geometry or with_first. Deterministic for any
@@ -16,7 +16,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../math.h"
-#include "loops.h"
+#include "low_precision.h"
 
 namespace wsam_fused {
 namespace {
@@ -86,21 +86,69 @@ struct ReduceLoop {
   }
 };
 
-template <typename T, Pairing pairing>
-void reduce_list(const Plan& plan, const double* groups, TableRow gradient, double* partials) {
-  const auto loop = CompiledLoop<ReduceLoop<T, pairing>>::choose();
-  constexpr TableRow kOther = pairing == Pairing::kWithFirst ? kGrad1 : kParam;
+// What is the same for all segments of one reduction.
+struct Reduction {
+  const double* groups;
+  const double* scalars;
+  TableRow gradient;
+  bool has_master;
+  double* partials;
+};
+
+// Calls add(sums, g, other, count, eta) for every segment; `other` is in row `second`.
+template <Pairing pairing, typename Storage, typename Other, typename Add>
+void for_each_summand(const Plan& plan, const Reduction& reduction, TableRow second,
+                      const Add& add) {
+  constexpr int64_t kGeometry = pairing == Pairing::kFisher ? kFisher : kAdaptive;
   for_each_chunk(plan, [&](int64_t chunk) {
     Sums sums;
     for_each_segment(plan, chunk, [&](int64_t tensor, int64_t begin, int64_t end) {
-      const T* const g = segment<T>(plan, gradient, tensor, begin);
-      const T* const other = segment<T>(plan, kOther, tensor, begin);
-      const double eta = groups[plan.at(kGroup, tensor) * kGroupColumns + kEta];
-      if (g && other) loop({g, other, end - begin, eta, &sums});
+      const Storage* const g = segment<Storage>(plan, reduction.gradient, tensor, begin);
+      const Other* const other = segment<Other>(plan, second, tensor, begin);
+      const double* const group = reduction.groups + plan.at(kGroup, tensor) * kGroupColumns;
+      const double eta = scaled_eta(kGeometry, reduction.scalars, group);
+      if (g && other) add(&sums, g, other, end - begin, eta);
     });
-    partials[2 * chunk] = sums.first;
-    partials[2 * chunk + 1] = sums.plain_sq;
+    reduction.partials[2 * chunk] = sums.first;
+    reduction.partials[2 * chunk + 1] = sums.plain_sq;
   });
+}
+
+template <typename T, Pairing pairing>
+void reduce_list(const Plan& plan, const Reduction& reduction) {
+  const auto loop = CompiledLoop<ReduceLoop<T, pairing>>::choose();
+  for_each_summand<pairing, T, T>(plan, reduction, pairing == Pairing::kWithFirst ? kGrad1 : kParam,
+                                  [&](Sums* sums, const T* g, const T* other, int64_t count,
+                                      double eta) { loop({g, other, count, eta, sums}); });
+}
+
+template <Low kind, Pairing pairing>
+void reduce_low_list(const Plan& plan, const Reduction& reduction) {
+  const auto loop = CompiledLoop<ReduceLoop<float, pairing>>::choose();
+  const Conversions<kind> convert;
+  if (pairing == Pairing::kAdaptive && reduction.has_master) {
+    for_each_summand<pairing, uint16_t, float>(
+        plan, reduction, kBackup,
+        [&](Sums* sums, const uint16_t* g, const float* w, int64_t total, double eta) {
+          for_each_block(total, [&](int64_t first, int64_t count) {
+            float wide_g[kBlock];
+            convert.widen(g + first, wide_g, count);
+            loop({wide_g, w + first, count, eta, sums});
+          });
+        });
+    return;
+  }
+  constexpr bool kReadsOther = pairing == Pairing::kAdaptive || pairing == Pairing::kWithFirst;
+  for_each_summand<pairing, uint16_t, uint16_t>(
+      plan, reduction, pairing == Pairing::kWithFirst ? kGrad1 : kParam,
+      [&](Sums* sums, const uint16_t* g, const uint16_t* other, int64_t total, double eta) {
+        for_each_block(total, [&](int64_t first, int64_t count) {
+          float wide_g[kBlock], wide_other[kBlock];
+          convert.widen(g + first, wide_g, count);
+          if (kReadsOther) convert.widen(other + first, wide_other, count);
+          loop({wide_g, kReadsOther ? wide_other : wide_g, count, eta, sums});
+        });
+      });
 }
 
 Pairing pairing_of(int64_t gradient, int64_t geometry, bool with_first) {
@@ -109,33 +157,41 @@ Pairing pairing_of(int64_t gradient, int64_t geometry, bool with_first) {
   return geometry == kFisher ? Pairing::kFisher : Pairing::kNone;
 }
 
-template <typename T>
-void reduce_with(Pairing pairing, const Plan& plan, const double* groups, TableRow gradient,
-                 double* partials) {
+// Calls body with a compile-time constant for the pairing.
+template <typename Body>
+void with_pairing(Pairing pairing, const Body& body) {
   switch (pairing) {
     case Pairing::kAdaptive:
-      return reduce_list<T, Pairing::kAdaptive>(plan, groups, gradient, partials);
+      return body(std::integral_constant<Pairing, Pairing::kAdaptive>{});
     case Pairing::kFisher:
-      return reduce_list<T, Pairing::kFisher>(plan, groups, gradient, partials);
+      return body(std::integral_constant<Pairing, Pairing::kFisher>{});
     case Pairing::kWithFirst:
-      return reduce_list<T, Pairing::kWithFirst>(plan, groups, gradient, partials);
+      return body(std::integral_constant<Pairing, Pairing::kWithFirst>{});
     case Pairing::kNone:
-      return reduce_list<T, Pairing::kNone>(plan, groups, gradient, partials);
+      return body(std::integral_constant<Pairing, Pairing::kNone>{});
   }
 }
 
 void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
             ScalarType grad_dtype, Tensor groups, Tensor partials, Tensor scalars,
             Tensor /* flags */, int64_t gradient, int64_t geometry, bool with_first,
-            bool accumulate) {
+            bool accumulate, bool has_master) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   const double* const group_rows = checked_groups(groups);
   check_gradient(gradient);
   double* const partial = checked_doubles(partials, "partials", 2 * plan.chunks);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   const Pairing pairing = pairing_of(gradient, geometry, with_first);
-  with_dtype(dtype, grad_dtype, [&](auto zero) {
-    reduce_with<decltype(zero)>(pairing, plan, group_rows, TableRow(gradient), partial);
+  check_precision(dtype, has_master, has_master, false);
+  const Reduction reduction{group_rows, scalar, TableRow(gradient), has_master, partial};
+  check_grad_dtype(dtype, grad_dtype);
+  with_pairing(pairing, [&](auto constant) {
+    if (is_low(dtype)) {
+      with_low(dtype, [&](auto kind) { reduce_low_list<kind(), constant()>(plan, reduction); });
+    } else {
+      with_dtype(dtype,
+                 [&](auto zero) { reduce_list<decltype(zero), constant()>(plan, reduction); });
+    }
   });
   Sums total;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {

@@ -67,7 +67,7 @@ def perturb(tensors: TensorList, target: Point) -> None:
             continue
         w = _weights(tensors, i)
         if target == Point.WEIGHTS:
-            _write([(param, w), (at, torch.zeros_like(at))])
+            _write([(param, w.to(param.dtype)), (at, torch.zeros_like(at))])
             continue
         if target == Point.PROBE:
             moved = _wide(w) + tensors.shared.value(tensors.groups[i], "delta") * _noise(tensors, i)
@@ -78,7 +78,7 @@ def perturb(tensors: TensorList, target: Point) -> None:
             moved = _wide(w) + _scale(tensors, i, target) * direction
             can_move = torch.isfinite(norm)
         writes = [(param, torch.where(can_move, moved.to(param.dtype), param))]
-        if tensors.backups is not None:
+        if tensors.backups is not None and tensors.masters is None:
             writes.append((tensors.backups.tensors()[i], w))
         _write([*writes, (at, torch.where(can_move, float(target), at))])
 
@@ -101,7 +101,7 @@ def update(
         w = _weights(tensors, i)
         writes = [(at, torch.zeros_like(at))]
         if not tensors.has_gradients(i, required):
-            _write([(param, w), *writes])
+            _write([(param, w.to(param.dtype)), *writes])
             continue
         group = tensors.groups[i]
         row = tensors.shared.rows[group]
@@ -119,10 +119,17 @@ def update(
             lr = tensors.shared.value(group, "lr")
             new_w, new = _base_step(rule, row, lr, start, h, [_wide(s) for s in states], t)
             new_w, new = new_w - lr * d, [*new, t]
-        writes.append((param, torch.where(finite, new_w.to(param.dtype), w)))
+        if tensors.masters is not None:
+            new_w = new_w.to(torch.float32)
+            writes.append((tensors.masters[i], torch.where(finite, new_w, w)))
+        rounds = rule != BaseRule.NONE
+        pairs = [(param, w.to(param.dtype), new_w)]
         for target, value in zip(targets, new, strict=False):
             assert target is not None  # it is required
-            writes.append((target, torch.where(finite, value.to(target.dtype), target)))
+            pairs.append((target, target, value))
+        for operand, (target, old, value) in enumerate(pairs):
+            rounded = _rounded(tensors, i, value, target.dtype, operand if rounds else None)
+            writes.append((target, torch.where(finite, rounded, old)))
         _write(writes)
     if count_skipped:
         scalars[Slot.SKIPPED] += 1.0 - finite.to(scalars.dtype)
@@ -161,8 +168,10 @@ def _base_step(
 
 
 def _weights(tensors: TensorList, i: int) -> Tensor:
-    """W of parameter i, wherever it is."""
+    """W of parameter i, wherever it is; in float32 if it is kept so."""
     param, at = tensors.params[i], _at(tensors)[i]
+    if tensors.masters is not None:
+        return tensors.masters[i]
     if tensors.backups is not None:
         return torch.where(at > 0, tensors.backups.tensors()[i], param)
     g1 = _first_gradients(tensors)[i]
@@ -179,8 +188,10 @@ def _scale(tensors: TensorList, i: int, point: Point) -> Tensor:
     """Radius / (norm + eps), 0 where the norm is 0, rounded to the precision of the parameter."""
     row = tensors.shared.rows[tensors.groups[i]]
     radius = row.rho if point == Point.ASCENT else row.rho_descent
-    norm = tensors.shared.scalars[Slot.METRIC_SQ].sqrt()
-    scale = torch.where(norm > 0, radius / (norm + row.ascent_eps), 0.0)
+    inverse = tensors.shared.scalars[Slot.INV_SCALE1]
+    norm = tensors.shared.scalars[Slot.METRIC_SQ].sqrt() * inverse
+    # Of the gradient in memory, which is the gradient times a loss scale.
+    scale = torch.where(norm > 0, radius / (norm + row.ascent_eps) * inverse, 0.0)
     dtype = torch.promote_types(tensors.params[i].dtype, torch.float32)
     scale = scale.clamp(max=torch.finfo(dtype).max)
     side = 1.0 if point == Point.ASCENT else -1.0
@@ -188,11 +199,12 @@ def _scale(tensors: TensorList, i: int, point: Point) -> Tensor:
 
 
 def _metric(tensors: TensorList, i: int, g: Tensor, w: Tensor | None = None) -> Tensor | float:
-    """The diagonal M of e = rho M g / sqrt(sum of M g^2) at w."""
+    """The diagonal M of e = rho M g / sqrt(sum of M g^2) at w; g is what is in memory."""
     eta = tensors.shared.rows[tensors.groups[i]].eta
     if tensors.key.geometry == Geometry.ADAPTIVE:
-        return (_wide(tensors.params[i] if w is None else w).abs() + eta) ** 2
-    return 1 / (1 + eta * g * g) if tensors.key.geometry == Geometry.FISHER else 1.0
+        return (_wide(_weights(tensors, i) if w is None else w).abs() + eta) ** 2
+    true_g = g * tensors.shared.scalars[Slot.INV_SCALE1]
+    return 1 / (1 + eta * true_g**2) if tensors.key.geometry == Geometry.FISHER else 1.0
 
 
 def _first_gradients(tensors: TensorList) -> list[Tensor | None]:
@@ -212,16 +224,23 @@ def _at(tensors: TensorList) -> Tensor:
 
 def _noise(tensors: TensorList, i: int) -> Tensor:
     """Noise of -1 and 1 for parameter i, element by element in the order of its memory."""
-    param = tensors.params[i]
+    index = torch.arange(tensors.params[i].numel(), device=tensors.key.device)
     seed = tensors.shared.scalars[Slot.SEED].to(torch.int64)
-    of_tensor = _hashed(_hashed(_hashed(seed & _ONES) + (seed >> 32)) + tensors.keys[i])
-    index = torch.arange(param.numel(), device=param.device)
-    word = _hashed(of_tensor + (index >> 5) * 0x9E3779B9)
-    signs = ((word >> (index & 31)) & 1) * 2 - 1
+    word = _hashed(_noise_of(seed, tensors.keys[i]) + (index >> 5) * 0x9E3779B9)
+    return _wide(_placed(tensors.params[i], ((word >> (index & 31)) & 1) * 2 - 1))
+
+
+def _noise_of(seed: Tensor, key: int) -> Tensor:
+    """What the noise of a tensor begins with."""
+    return _hashed(_hashed(_hashed(seed & _ONES) + (seed >> 32)) + key)
+
+
+def _placed(param: Tensor, values: Tensor) -> Tensor:
+    """Give values in the order of a parameter's memory its shape."""
     placed = torch.empty_like(param, dtype=torch.int64, memory_format=torch.preserve_format)
     order = sorted(range(param.dim()), key=placed.stride, reverse=True)
-    inner = signs.view([param.shape[k] for k in order])
-    return _wide(inner.permute([order.index(k) for k in range(param.dim())]))
+    inner = values.view([param.shape[k] for k in order])
+    return inner.permute([order.index(k) for k in range(param.dim())])
 
 
 _ONES = 0xFFFFFFFF
@@ -235,12 +254,37 @@ def _hashed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+# ---- rounding ------------------------------------------------------------------------------------
+
+
+def _rounded(
+    tensors: TensorList, i: int, value: Tensor, dtype: torch.dtype, operand: int | None
+) -> Tensor:
+    """Round to nearest, or to bfloat16 by chance: up with the probability that the value asks for.
+
+    ``operand`` is 0 for the parameter, 1 to 3 for its states.
+    """
+    if tensors.rounding_seed < 0 or dtype != torch.bfloat16 or operand is None:
+        return value.to(dtype)
+    value = value.to(torch.float32)
+    param = tensors.params[i]
+    seed = torch.tensor(tensors.rounding_seed, device=param.device)
+    of_tensor = _hashed(_noise_of(seed, tensors.keys[i]) + tensors.steps[i].to(torch.int64))
+    index = torch.arange(param.numel(), device=param.device)
+    chance = _hashed(of_tensor + operand * 0x85EBCA6B + index * 0x9E3779B9) >> 16
+    bits = value.view(torch.int32).to(torch.int64) & _ONES
+    bits = (bits + _placed(param, chance)) & 0xFFFF0000
+    bits = torch.where(bits > 0x7FFFFFFF, bits - (1 << 32), bits)
+    rounded = bits.to(torch.int32).view(torch.float32)
+    return torch.where(torch.isfinite(value), rounded, value).to(dtype)
+
+
 # ---- coefficients --------------------------------------------------------------------------------
 
 
 def _all_finite(scalars: Tensor, checked: int) -> Tensor:
     slots: list[int] = [Slot.GRAD1_SQ + k for k in range(3) if checked >> k & 1]
-    finite = torch.ones_like(scalars[0], dtype=torch.bool)
+    finite = scalars[Slot.FOUND_INF] == 0
     for slot in [*slots, Slot.METRIC_SQ] if checked & 1 else slots:
         finite = finite & torch.isfinite(scalars[slot])
     return finite
@@ -253,7 +297,8 @@ def _weighted(tensors: TensorList, i: int, name: str, grads: list[Tensor | None]
         c = tensors.shared.value(tensors.groups[i], f"{name}{k + 1}")
         if g is None or (not isinstance(c, Tensor) and c == 0):
             continue
-        term = c * _clip_factor(tensors, i, k) * g
+        inverse = tensors.shared.scalars[Slot.INV_SCALE1 + k]
+        term = c * _clip_factor(tensors, i, k) * inverse * g
         total = total + (torch.where(c != 0, term, 0.0) if isinstance(c, Tensor) else term)
     return total
 
@@ -262,8 +307,9 @@ def _clip_factor(tensors: TensorList, i: int, evaluation: int) -> Tensor | float
     max_norm = tensors.shared.rows[tensors.groups[i]].max_norm
     if max_norm < 0:
         return 1.0
-    sum_sq = tensors.shared.scalars[Slot.GRAD1_SQ + evaluation]
-    return clip_factor(max_norm, sum_sq.sqrt())
+    scalars = tensors.shared.scalars
+    norm = scalars[Slot.GRAD1_SQ + evaluation].sqrt() * scalars[Slot.INV_SCALE1 + evaluation]
+    return clip_factor(max_norm, norm)
 
 
 def _wide(x: Tensor) -> Tensor:

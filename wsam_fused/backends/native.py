@@ -81,6 +81,7 @@ class NativeBackend:
             tensors.key.geometry,
             with_first,
             accumulate,
+            tensors.key.has_master,
         )
 
     def perturb(self, tensors: TensorList, target: Point) -> None:
@@ -99,6 +100,7 @@ class NativeBackend:
             tensors.flags,
             tensors.key.geometry,
             tensors.backups is not None,
+            tensors.key.has_master,
             target,
         )
 
@@ -121,6 +123,7 @@ class NativeBackend:
             table.chunk_size,
             tensors.key.dtype,
             tensors.grad_dtype,
+            tensors.key.state_dtype,
             tensors.shared.groups,
             tensors.shared.scalars,
             tensors.flags,
@@ -130,8 +133,10 @@ class NativeBackend:
             required,
             checked,
             tensors.backups is not None,
+            tensors.key.has_master,
             keep_point,
             count_skipped,
+            -1 if rule == BaseRule.NONE else tensors.rounding_seed,
         )
 
 
@@ -151,5 +156,5 @@ class CudaBackend(NativeBackend):
         return gpu.chunk_size(total)
 
 
-CPU = NativeBackend("cpu", (torch.float32, torch.float64), {})
+CPU = NativeBackend("cpu", (torch.float32, torch.float64, torch.bfloat16, torch.float16), {})
 CUDA = CudaBackend("cuda", gpu.DTYPES, gpu.GRADIENT_DTYPES)

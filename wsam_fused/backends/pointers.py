@@ -33,6 +33,7 @@ def bind(
         table.set_tensors(TableRow.PARAM, tensors.params)
         for row, states in zip(_STATE_ROWS, tensors.states, strict=False):
             table.set_tensors(row, states)
+        bind_backups(tensors)  # weights in float32 stay where they are
     tensors.table.set_row(GRADIENT_ROWS[evaluation], addresses)
 
 

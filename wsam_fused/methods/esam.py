@@ -14,7 +14,6 @@ from wsam_fused.documentation import documented
 from wsam_fused.per_sample import (
     LossesFn,
     PerSampleOptimizer,
-    backward,
     frozen,
     losses_of,
     losses_with_graph,
@@ -107,7 +106,7 @@ class ESAM(PerSampleOptimizer):
             selected = self._select(perturbed - losses, wanted)
             count = len(selected)
         second = losses_with_graph(losses_fn, index=selected, count=count)
-        backward(second.mean())
+        self._backward(second.mean())
         self._finish()
         return losses.mean(), (second.detach() if perturbed is None else perturbed).mean()
 
@@ -116,11 +115,11 @@ class ESAM(PerSampleOptimizer):
         with frozen(self._inactive()), torch.enable_grad():
             losses = losses_of(losses_fn)
             if losses.requires_grad:
-                backward(losses.mean())
+                self._backward(losses.mean())
                 return losses.detach()
         # Either there is no graph at all, or the active tensors have no part in the loss.
         losses = losses_with_graph(losses_fn)
-        backward(losses.mean())
+        self._backward(losses.mean())
         return losses.detach()
 
     def _inactive(self) -> list[Tensor]:

@@ -14,13 +14,12 @@ from wsam_fused.documentation import documented
 from wsam_fused.per_sample import (
     LossesFn,
     PerSampleOptimizer,
-    backward,
     losses_of,
     losses_with_graph,
 )
+from wsam_fused.precision import LOW_PRECISION
 from wsam_fused.random_state import RandomState
 from wsam_fused.schedules import Schedule
-from wsam_fused.tensor_list import LOW_PRECISION
 
 _TOO_COARSE = "too coarse for the difference of two losses that RWSAM takes"
 
@@ -109,10 +108,10 @@ class RWSAM(PerSampleOptimizer):
         losses = losses_with_graph(losses_fn, count=len(probed))
         group = self.param_groups[0]
         norms = (probed - losses.detach()).abs() / self.own(group, "delta")
-        backward(torch.dot((self.own(group, "lam") * norms).softmax(0), losses))
+        self._backward(torch.dot((self.own(group, "lam") * norms).softmax(0), losses))
         self._go_to_ascent_point()
         second = losses_with_graph(losses_fn, count=len(probed)).mean()
-        backward(second)
+        self._backward(second)
         self._finish()
         return losses.detach().mean(), second.detach()
 

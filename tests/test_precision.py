@@ -1,0 +1,305 @@
+"""16-bit parameters: float32 weights in the state, states of 16 bits, rounding by chance.
+
+Every backend against the reference, and what a user relies on: exact restores, weights that lose
+nothing, states in the dtype that was asked for, checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import BASES, METHODS, OPTIONS, device_of, parameters, set_gradients, step
+from comparison import run_both
+
+from wsam_fused import SAM, WSAM
+from wsam_fused.backends import BACKENDS
+from wsam_fused.precision import MASTER_KEY
+
+LOW = [torch.bfloat16, torch.float16]
+NAMES = [
+    name
+    for name, backend in BACKENDS.items()
+    if (not backend.DTYPES or torch.bfloat16 in backend.DTYPES) and backend.unavailable() is None
+]
+BACKEND = pytest.mark.parametrize("name", NAMES)
+FUSED = pytest.mark.parametrize("name", [name for name in NAMES if name != "eager"])
+DTYPE = pytest.mark.parametrize("dtype", LOW, ids=["bfloat16", "float16"])
+
+KEEPING: dict[str, dict[str, Any]] = {
+    "master": {"master_weights": True},
+    "narrow": {"state_dtype": "parameter"},
+    "master-narrow": {"master_weights": True, "state_dtype": "parameter"},
+    "chance": {"stochastic_rounding": True},
+    "chance-narrow": {"stochastic_rounding": True, "state_dtype": "parameter"},
+}
+KEPT = pytest.mark.parametrize("keeping", KEEPING)
+
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are float16")
+
+
+def kept(keeping: str, dtype: torch.dtype) -> dict[str, Any]:
+    if "chance" in keeping and dtype == torch.float16:
+        pytest.skip("float16 is not rounded by chance")
+    return KEEPING[keeping]
+
+
+@FUSED
+@DTYPE
+@KEPT
+@pytest.mark.parametrize("base", ["sgd", "nesterov", "amsgrad", "adamw"])
+@pytest.mark.parametrize("method", ["sam", "wsam", "gsam", "bsam", "bsam-as-published"])
+def test_equals_reference(
+    method: str, base: str, keeping: str, dtype: torch.dtype, name: str
+) -> None:
+    options = {**OPTIONS["plain"], **kept(keeping, dtype)}
+    run_both(METHODS[method], BASES[base], "sizes", dtype, name, **options)
+
+
+@FUSED
+@DTYPE
+@KEPT
+@pytest.mark.parametrize("option", ["asam", "fisher", "clip"])
+@pytest.mark.parametrize("layout", ["unaligned", "strided", "many-chunks"])
+def test_equals_reference_with_options(
+    layout: str, option: str, keeping: str, dtype: torch.dtype, name: str
+) -> None:
+    options = {**OPTIONS[option], **kept(keeping, dtype)}
+    run_both(METHODS["wsam"], BASES["adamw"], layout, dtype, name, **options)
+
+
+@BACKEND
+@DTYPE
+def test_master_weights_take_the_steps_of_float32(dtype: torch.dtype, name: str) -> None:
+    """With gradients that both have, the float32 weights are those of a float32 optimizer."""
+    low = parameters("unaligned", dtype, device_of(name))
+    wide = [torch.nn.Parameter(param.detach().float()) for param in low]
+    one = WSAM(low, BASES["adamw"], rho=0.0, backend=name, master_weights=True)
+    other = WSAM(wide, BASES["adamw"], rho=0.0, backend="eager")
+    for number in range(5):
+        for evaluation in range(2):
+            set_gradients(low, 2 * number + evaluation)
+            for param, follower in zip(low, wide, strict=True):
+                follower.grad = param.grad.float()  # type: ignore[union-attr]
+            for optimizer in (one, other):
+                (optimizer.first_step, optimizer.second_step)[evaluation](zero_grad=True)
+    for param, expected in zip(low, wide, strict=True):
+        master = one.state[param][MASTER_KEY]
+        assert master.dtype == torch.float32
+        torch.testing.assert_close(master, expected.detach(), rtol=5e-6, atol=2e-5)
+        assert torch.equal(param, master.to(dtype)), "the parameter is a copy of them"
+
+
+@BACKEND
+def test_small_updates_are_not_lost(name: str) -> None:
+    """Updates of a 16th of the spacing of bfloat16: to nearest they vanish."""
+    moved = {}
+    for keeping in ("none", "master", "chance"):
+        param = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16, device=device_of(name)))
+        options = KEEPING.get(keeping, {})
+        optimizer = SAM([param], BASES["sgd"], rho=0.0, backend=name, **options)
+        optimizer.param_groups[0]["lr"] = 2.0**-12
+        for _ in range(32):
+            for call in (optimizer.first_step, optimizer.second_step):
+                param.grad = torch.ones_like(param)
+                call(zero_grad=True)
+        moved[keeping] = 1.0 - param.detach().double().mean().item()
+    assert moved["none"] == 0.0
+    assert moved["master"] == 2.0**-7
+    # 4096 elements, each off by less than a spacing of 2^-8 in each of two steps or so: the mean is
+    # within 5 sigma of 2^-8 / sqrt(4096) * sqrt(2).
+    assert abs(moved["chance"] - 2.0**-7) < 5 * 2.0**-8 / 64 * 1.5
+
+
+@BACKEND
+@DTYPE
+@KEPT
+def test_restore_is_exact(keeping: str, dtype: torch.dtype, name: str) -> None:
+    params = parameters("unaligned", dtype, device_of(name))
+    optimizer = METHODS["wsam"](
+        params, BASES["adamw"], rho=3.0, backend=name, **kept(keeping, dtype)
+    )
+    step(optimizer, params, 0)
+    before = [param.detach().clone() for param in params]
+    masters = copy.deepcopy([optimizer.state[param].get(MASTER_KEY) for param in params])
+    set_gradients(params, 7)
+    optimizer.first_step(zero_grad=True)
+    assert not torch.equal(params[1], before[1])
+    optimizer.restore()
+    for param, w, master in zip(params, before, masters, strict=True):
+        assert torch.equal(param, w)
+        assert master is None or torch.equal(optimizer.state[param][MASTER_KEY], master)
+
+
+@BACKEND
+@DTYPE
+@KEPT
+def test_a_skipped_step_changes_nothing(keeping: str, dtype: torch.dtype, name: str) -> None:
+    params = parameters("unaligned", dtype, device_of(name))
+    optimizer = METHODS["wsam"](
+        params, BASES["adamw"], rho=3.0, backend=name, check_finite=True, **kept(keeping, dtype)
+    )
+    step(optimizer, params, 0)
+    for evaluation in range(2):
+        before = copy.deepcopy([(p.detach(), *optimizer.state[p].values()) for p in params])
+        for now in range(2):
+            set_gradients(params, 3 + now)
+            if now == evaluation:
+                params[2].grad[0] = float("inf")  # type: ignore[index]
+            (optimizer.first_step, optimizer.second_step)[now](zero_grad=True)
+        for param, saved in zip(params, before, strict=True):
+            for now_, then in zip((param, *optimizer.state[param].values()), saved, strict=True):
+                assert torch.equal(now_, then)
+    assert optimizer.skipped_steps == 2
+
+
+@BACKEND
+@DTYPE
+def test_state_dtypes(dtype: torch.dtype, name: str) -> None:
+    for narrow, wanted in ((False, torch.float32), (True, dtype)):
+        params = parameters("awkward", dtype, device_of(name))
+        optimizer = WSAM(
+            params,
+            BASES["adamw"],
+            backend=name,
+            state_dtype="parameter" if narrow else "float32",
+            master_weights=True,
+        )
+        step(optimizer, params, 0)
+        for param in params:
+            state = optimizer.state[param]
+            assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == wanted
+            assert state[MASTER_KEY].dtype == torch.float32
+            assert state[MASTER_KEY].stride() == param.stride()
+
+
+@BACKEND
+@DTYPE
+@pytest.mark.parametrize("keeping", ["master", "narrow", "master-narrow"])
+def test_checkpoints_go_on_exactly(keeping: str, dtype: torch.dtype, name: str) -> None:
+    def new() -> tuple[list[torch.nn.Parameter], Any]:
+        torch.manual_seed(3)
+        params = parameters("unaligned", dtype, device_of(name))
+        return params, WSAM(params, BASES["adamw"], backend=name, **KEEPING[keeping])
+
+    params, optimizer = new()
+    for number in range(2):
+        step(optimizer, params, number)
+    other_params, other = new()
+    with torch.no_grad():
+        for param, source in zip(other_params, params, strict=True):
+            param.copy_(source)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for number in range(2, 4):
+        step(optimizer, params, number)
+        step(other, other_params, number)
+    for param, expected in zip(other_params, params, strict=True):
+        assert torch.equal(param, expected)
+        for key, value in optimizer.state[expected].items():
+            assert torch.equal(other.state[param][key], value), key
+            assert other.state[param][key].dtype == value.dtype, key
+
+
+@DTYPE
+def test_master_weights_come_and_go_with_checkpoints(dtype: torch.dtype) -> None:
+    params = parameters("unaligned", dtype)
+    with_masters = WSAM(params, BASES["adamw"], master_weights=True)
+    step(with_masters, params, 0)
+    without = WSAM(params, BASES["adamw"])
+    without.load_state_dict(with_masters.state_dict())
+    step(without, params, 1)
+    assert MASTER_KEY not in without.state[params[0]], "it would not follow"
+    again = WSAM(params, BASES["adamw"], master_weights=True)
+    again.load_state_dict(without.state_dict())
+    step(again, params, 2)
+    assert torch.equal(again.state[params[0]][MASTER_KEY].to(dtype), params[0])
+
+
+@BACKEND
+@DTYPE
+def test_what_others_write_to_a_parameter_is_followed(dtype: torch.dtype, name: str) -> None:
+    params = parameters("unaligned", dtype, device_of(name))
+    optimizer = WSAM(params, BASES["sgd"], rho=0.1, master_weights=True, backend=name)
+    step(optimizer, params, 0)
+    masters = [optimizer.state[param][MASTER_KEY].clone() for param in params]
+    with torch.no_grad():
+        params[1][3] = 100.0
+    optimizer.param_groups[0]["lr"] = 0.0
+    step(optimizer, params, 1)
+    for i, (param, before) in enumerate(zip(params, masters, strict=True)):
+        if i == 1:
+            before[3] = 100.0
+        assert torch.equal(optimizer.state[param][MASTER_KEY], before)
+        assert torch.equal(param, before.to(dtype))
+
+
+def test_wider_parameters_are_as_always() -> None:
+    params = parameters("unaligned", torch.float32)
+    optimizer = WSAM(
+        params, BASES["adamw"], master_weights=True, state_dtype="parameter", restore="backup"
+    )
+    step(optimizer, params, 0)
+    assert MASTER_KEY not in optimizer.state[params[0]]
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.float32
+
+
+def test_every_number_of_16_bits_is_read_as_torch_says() -> None:
+    for dtype in LOW:
+        values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+        values = torch.where(values.isfinite(), values, torch.zeros_like(values))
+        param = torch.nn.Parameter(torch.zeros_like(values))
+        optimizer = SAM([param], BASES["sgd"], rho=0.0, backend="cpu", master_weights=True)
+        optimizer.param_groups[0]["lr"] = 1.0
+        for call in (optimizer.first_step, optimizer.second_step):
+            param.grad = values.clone()
+            call(zero_grad=True)
+        assert torch.equal(optimizer.state[param][MASTER_KEY], -values.float())
+        assert torch.equal(param, -values)
+
+
+def test_roundings_to_nearest_are_those_of_torch() -> None:
+    for dtype in LOW:
+        generator = torch.Generator().manual_seed(0)
+        wide = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32)
+        values = wide.view(torch.float32)
+        values = torch.where(values.isnan(), torch.zeros_like(values), values)
+        for scale in (1.0, 1e-30):
+            master = values * scale if scale != 1.0 else values
+            ties = (torch.arange(4096, dtype=torch.float32) + 0.5) * 2.0**-24
+            master = torch.cat([master, ties, -ties, 1.0 + ties * 2**13, ties * 2**24 * 16])
+            param = torch.nn.Parameter(torch.zeros_like(master, dtype=dtype))
+            optimizer = SAM([param], BASES["sgd"], rho=0.0, backend="cpu", master_weights=True)
+            optimizer.param_groups[0]["lr"] = 0.0
+            param.grad = torch.zeros_like(param)
+            optimizer.first_step(zero_grad=True)
+            optimizer.state[param][MASTER_KEY].copy_(master)
+            param.grad = torch.zeros_like(param)
+            optimizer.second_step()
+            assert torch.equal(param, master.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "message"),
+    [
+        ({"state_dtype": "bfloat16"}, torch.bfloat16, "state_dtype is 'bfloat16', expected one of"),
+        (
+            {"master_weights": True, "stochastic_rounding": True},
+            torch.bfloat16,
+            "stochastic_rounding is True with master_weights",
+        ),
+        ({"stochastic_rounding": True}, torch.float16, "float16 parameter, expected bfloat16"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], dtype: torch.dtype, message: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(3, dtype=dtype))]
+    with pytest.raises(ValueError, match=message):
+        WSAM(params, BASES["sgd"], **options)
+
+
+@pytest.mark.parametrize("keeping", KEEPING)
+def test_not_with_a_foreign_base(keeping: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]
+    with pytest.raises(ValueError, match="stepped as it is, expected torch"):
+        WSAM(params, torch.optim.RMSprop, **KEEPING[keeping])

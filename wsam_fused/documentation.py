@@ -45,6 +45,16 @@ geometry: The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2):
             memory and is off by at most one unit in the last place of p, mostly by nothing.
             ``"backup"`` keeps a copy and is exact; it is taken without asking for other geometries
             than the Euclidean and for 16-bit parameters.
+        master_weights: Keep the weights of bfloat16 and float16 parameters in the state, in
+            float32 (``"master_weight"``): steps lose nothing, the parameters are their rounded
+            copy, and the perturbed evaluation needs no other. What somebody else writes to a
+            parameter is taken over.
+        state_dtype: Of the states of bfloat16 and float16 parameters: ``"float32"`` or
+            ``"parameter"``, which is theirs. Wider parameters have states of their own dtype.
+        stochastic_rounding: Round what is stored in bfloat16, parameters and states, up or down
+            with the probability that the value asks for, so that updates below half a spacing
+            are not lost. The choice follows from the parameter, its element and its step count:
+            replicas round alike. Not with ``master_weights``, nor for float16.
         backend: ``"auto"`` or the name of a backend (``python -m wsam_fused`` lists them).
         model: Keep the BatchNorm running statistics of this module out of the perturbed
             evaluations.

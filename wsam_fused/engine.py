@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import derived, with_the_perturbation_of
 from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import Gradients, check_not_overwritten, walkable
-from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
+from wsam_fused.plan import INVERSE_SCALES, GroupRow, Point, Slot, addresses_of
 from wsam_fused.row import Row
 from wsam_fused.storage import follow_storage
 from wsam_fused.tensor_list import TensorList
@@ -165,6 +166,18 @@ class StepEngine:
         """Say that the gradients of one evaluation are not multiplied by it any more."""
         for shared in self.lists.shared.values():
             shared.scalars[Slot.INV_SCALE1 + evaluation] = 1.0
+
+    @contextmanager
+    def _without_loss_scale(self) -> Iterator[None]:
+        """Take what is in the memory of the gradients as it is: h and d, which are unscaled."""
+        lists = self.lists.shared.values() if self._is_scaled else []
+        inverse = [shared.scalars[INVERSE_SCALES] for shared in lists]
+        saved = [one.clone() for one in inverse]
+        for one in inverse:
+            one.fill_(1.0)
+        yield
+        for one, before in zip(inverse, saved, strict=True):
+            one.copy_(before)
 
     def set_found_inf(self, found: Tensor) -> None:
         """Say whether somebody else saw a gradient that is not finite: a scalar, not 0 if so."""
@@ -367,18 +380,19 @@ class StepEngine:
             return
         plain = {"sign": 1.0, "h1": 0.0, "h2": 1.0, "h3": 0.0, "d1": 0.0, "d2": 0.0, "d3": 0.0}
         self._set_rows([row._replace(**plain, max_norm=-1.0) for row in rows], rates)
-        for tensors, backend in self.lists:
-            if tensors.reader.moved():  # some optimizers rebind `.data`
-                self._follow_storage(tensors, same_layout=True)
-            backend.update(
-                tensors,
-                BaseRule.SGD,
-                self.read,
-                required=required,
-                checked=0,  # it would not have come here
-                keep_point=False,
-                count_skipped=False,
-            )
+        with self._without_loss_scale():
+            for tensors, backend in self.lists:
+                if tensors.reader.moved():  # some optimizers rebind `.data`
+                    self._follow_storage(tensors, same_layout=True)
+                backend.update(
+                    tensors,
+                    BaseRule.SGD,
+                    self.read,
+                    required=required,
+                    checked=0,  # it would not have come here
+                    keep_point=False,
+                    count_skipped=False,
+                )
 
     # ---- the end -----------------------------------------------------------------------------
 

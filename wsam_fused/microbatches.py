@@ -302,6 +302,7 @@ def combine(
     ]
     engine.lists.set_rows(scaled)
     engine.derive(scaled, method, shares)
+    engine.forget_loss_scale(2)  # the sums have none
     result = dict(total)
     for tensors, backend in engine.lists:
         if total:

@@ -250,8 +250,8 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         except BaseException:
             engine.abandon()
             raise
-        if self._scaler is not None and not self._is_called_by_scaler():
-            tell(self._scaler, self, engine)
+        if self._scaler is not None:
+            (add_to_found if self._is_called_by_scaler() else tell)(self._scaler, self, engine)
         self.last.begin(engine)
         self._opt_called = True  # lr_scheduler looks for it
         steps = self._steps() + 1
@@ -308,7 +308,6 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         if self.grad_scale is None:
             engine.forget_loss_scale(engine.read - 1)  # by scaler.unscale_()
         engine.set_found_inf(found)
-        add_to_found(self._scaler, self, engine)
 
     def _warn_of_float16(self, engine: StepEngine) -> None:
         """Say once that small gradients are lost."""

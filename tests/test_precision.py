@@ -37,7 +37,6 @@ KEEPING: dict[str, dict[str, Any]] = {
 }
 KEPT = pytest.mark.parametrize("keeping", KEEPING)
 
-pytestmark = pytest.mark.filterwarnings("ignore:gradients are float16")
 
 
 def kept(keeping: str, dtype: torch.dtype) -> dict[str, Any]:

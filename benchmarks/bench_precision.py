@@ -124,7 +124,9 @@ def _weights(model: nn.Module) -> Tensor:
 
 def measure(steps: int, seeds: int) -> list[dict[str, object]]:
     """Measure every mode."""
-    runs = {name: [train(mode, steps, seed) for seed in range(seeds)] for name, mode in MODES.items()}
+    runs = {
+        name: [train(mode, steps, seed) for seed in range(seeds)] for name, mode in MODES.items()
+    }
     rows: list[dict[str, object]] = []
     for name, mode in MODES.items():
         state, peak = memory(mode)

@@ -38,7 +38,6 @@ KEEPING: dict[str, dict[str, Any]] = {
 KEPT = pytest.mark.parametrize("keeping", KEEPING)
 
 
-
 def kept(keeping: str, dtype: torch.dtype) -> dict[str, Any]:
     if "chance" in keeping and dtype == torch.float16:
         pytest.skip("float16 is not rounded by chance")

@@ -58,6 +58,10 @@ geometry: The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2):
         backend: ``"auto"`` or the name of a backend (``python -m wsam_fused`` lists them).
         model: Keep the BatchNorm running statistics of this module out of the perturbed
             evaluations.
+        replay_rng: Let the perturbed evaluations draw the random numbers of the first one, such as
+            dropout masks, from torch's default generators (of the CPU and of the parameters' CUDA
+            devices; no others). The generators go on afterwards as if only the first evaluation had
+            drawn. Call by call, put each evaluation into ``with opt.same_randomness():``.
         **base_kwargs: Arguments of the base optimizer's class, such as ``lr``.
 
     Raises:

@@ -21,9 +21,11 @@ from wsam_fused.model_state import FrozenBatchNorm
 from wsam_fused.parameters import check_params, check_separate
 from wsam_fused.plan import GroupRow, Slot
 from wsam_fused.precision import Precision
+from wsam_fused.random_state import Replay
 from wsam_fused.row import Row
 from wsam_fused.telemetry import LastStep
 from wsam_fused.tensor_lists import GroupKind, TensorLists
+from wsam_fused.tracing import keep_untraced
 
 # What __getstate__ of torch.optim.Optimizer leaves out, and a copy of this optimizer needs.
 _OWN_ATTRIBUTES = (
@@ -39,6 +41,7 @@ _OWN_ATTRIBUTES = (
     "_every",
     "_backend",
     "_batch_norm",
+    "_replay_rng",
 )
 
 
@@ -75,6 +78,7 @@ class MethodOptimizer(Optimizer):
         stochastic_rounding: bool = False,
         backend: str = "auto",
         model: nn.Module | None = None,
+        replay_rng: bool = False,
         **base_kwargs: Any,
     ) -> None:
         """Validate everything and take over the base optimizer's groups and state.
@@ -93,6 +97,8 @@ class MethodOptimizer(Optimizer):
         self._every = whole_number("every", every, 1)
         self._backend = choice("backend", backend, backends.names())
         self._batch_norm = FrozenBatchNorm(model)
+        self._replay_rng = bool(replay_rng)
+        self._replay = Replay()
         own = {**own, **geometry_of(geometry, eta, adaptive=bool(adaptive))}
         base, self._rule_class = resolve(params, base_optimizer, base_kwargs)
         self._method_keys = MethodKeys(own, self.scheduled, base.defaults)
@@ -104,6 +110,7 @@ class MethodOptimizer(Optimizer):
         self._carried_counts: dict[Tensor, float] = {}
         self.last = LastStep()
         super().__init__(base.param_groups, {**base.defaults, **self._method_keys.defaults()})
+        keep_untraced(type(self))
         self._adopt(base)
 
     def _adopt(self, base: Optimizer) -> None:
@@ -226,9 +233,11 @@ class MethodOptimizer(Optimizer):
         self._carried_counts = {}  # load_state_dict() brings a state that says it all
         self._keep_captured()
         super().__setstate__(state)
+        keep_untraced(type(self))
         self._engine = None
         self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows = []
+        self._replay = Replay()
         self.last = LastStep()
         if self._base is not None:  # load_state_dict() made new groups and a new state
             self._base.param_groups = self.param_groups

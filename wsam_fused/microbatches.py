@@ -124,7 +124,7 @@ class _MicrobatchStep:
         poison = None
         for closure in self._closures:
             losses.append(self._perturb_by(closure))
-            with self._adding_up(second, self._first_addresses()):
+            with self._adding_up(second, self._first_addresses()), optimizer._evaluation(1):
                 perturbed.append(closure())
             self._go_back()
             if optimizer.uses_first_gradient:
@@ -147,7 +147,7 @@ class _MicrobatchStep:
         losses, perturbed = [], []
         for closure in self._closures:
             losses.append(self._perturb_by(closure))
-            with torch.enable_grad():
+            with torch.enable_grad(), optimizer._evaluation(1):
                 perturbed.append(closure())
             with torch.no_grad():
                 optimizer._batch_norm.restore()
@@ -163,7 +163,7 @@ class _MicrobatchStep:
 
     def _perturb_by(self, closure: Closure) -> Any:
         """Evaluate the gradient at w and go to its ascent point."""
-        with torch.enable_grad():
+        with torch.enable_grad(), self._optimizer._evaluation(0):
             loss = closure()
         with torch.no_grad():
             engine = self._optimizer._begin(take=True, scaler=self._scaler)

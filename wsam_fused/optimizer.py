@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from wsam_fused.base_rules import device_learning_rate
 from wsam_fused.engine import StepEngine
@@ -62,13 +64,16 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 False afterwards (``every``), only by ``scaler.update()``.
 
         Raises:
-            RuntimeError: No parameter has a gradient, the weights are perturbed already, or the
-                scaler has unscaled the gradients.
+            RuntimeError: No parameter has a gradient, the weights are perturbed already, the scaler
+                has unscaled the gradients, or ``replay_rng=True`` and the evaluation was not made
+                within ``same_randomness()``.
             TypeError: A gradient is sparse or complex, or ``scaler`` is no GradScaler.
         """
         self._require_calls("first_step()")
         self._require_idle("first_step()")
         plain = self.is_plain_step
+        if not plain:
+            self._require_replay(0, "first_step()")
         engine = self._begin(take=zero_grad, copy=not zero_grad and not plain, scaler=scaler)
         if plain:
             engine.reduce(0)
@@ -95,10 +100,12 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 gradients out of it without a copy, as in ``first_step``.
 
         Raises:
-            RuntimeError: ``first_step`` has not been called.
+            RuntimeError: ``first_step`` has not been called, or ``replay_rng=True`` and the
+                evaluation was not made within ``same_randomness()``; the weights are restored.
             TypeError: A gradient is sparse or complex; the weights are restored.
         """
         engine = self._require_read(1, "second_step()", "first_step()")
+        self._require_replay(1, "second_step()")
         if self.evaluations == 2:
             self._complete(zero_grad=zero_grad)
             return
@@ -118,7 +125,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
 
         Raises:
             RuntimeError: The method has no third evaluation, or ``second_step`` has not been
-                called.
+                called, or the evaluation was not replayed, as in ``second_step``.
             TypeError: A gradient is sparse or complex; the weights are restored.
         """
         self._require_calls("third_step()")
@@ -126,6 +133,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             name = type(self).__name__
             raise RuntimeError(f"third_step() was called, but {name} has two evaluations a step")
         self._require_read(2, "third_step()", "second_step()")
+        self._require_replay(2, "third_step()")
         self._complete(zero_grad=zero_grad)
 
     def step(
@@ -169,10 +177,10 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             return step_with_microbatches(self, closure, scaler)
         self.zero_grad()
         calls = (self.first_step, self.second_step, self.third_step)[: self.evaluations]
-        losses = []
+        losses: list[Any] = []
         try:
             for call in calls:
-                with torch.enable_grad():
+                with torch.enable_grad(), self._evaluation(len(losses)):
                     losses.append(closure())
                 if call is calls[0]:
                     self.first_step(zero_grad=True, scaler=scaler)
@@ -186,14 +194,52 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self.last.set_losses(losses[0], losses[1] if len(losses) > 1 else None)
         return losses[0]
 
+    def same_randomness(self) -> AbstractContextManager[None]:
+        """Let the evaluations of a step call by call draw the same random numbers.
+
+        Around the first evaluation it remembers the state of torch's default generators, of the CPU
+        and of the parameters' CUDA devices. Around a later one it draws from that state, and puts
+        the generators back afterwards, also after an exception: they go on as if only the first
+        evaluation had drawn. All backward calls of an evaluation belong into one block.
+
+        Raises:
+            RuntimeError: On entry: the first evaluation was not made within it, or this one was
+                already; or a CUDA graph is being captured.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout())
+            >>> opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+            >>> for call in (opt.first_step, opt.second_step):
+            ...     with opt.same_randomness():
+            ...         model(torch.ones(8, 3)).square().mean().backward()
+            ...     call(zero_grad=True)
+        """
+        self._require_calls("same_randomness()")
+        return self._replay.evaluation(self._read_so_far(), self._params())
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back if they are perturbed and forget the step; else do nothing."""
+        self._replay.forget()
         if self._engine is not None:
             self._batch_norm.restore()
             self._engine.abandon()
 
     # ---- parts of a step, for the methods that order them otherwise --------------------------
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _read_so_far(self) -> int:
+        return 0 if self._engine is None else self._engine.read
+
+    def _evaluation(self, number: int) -> AbstractContextManager[None]:
+        """Surround an evaluation that the step makes itself, 0 for the one at w."""
+        if not self._replay_rng:
+            return nullcontext()
+        if number == 0:
+            self._replay.forget()
+        return self._replay.evaluation(number, self._params())
 
     def _begin(
         self, *, take: bool, copy: bool = False, scaler: torch.amp.GradScaler | None = None
@@ -252,6 +298,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             raise
         if self._scaler is not None:
             (add_to_found if self._is_called_by_scaler() else tell)(self._scaler, self, engine)
+        self._replay.forget()
         self.last.begin(engine)
         self._opt_called = True  # lr_scheduler looks for it
         steps = self._steps() + 1
@@ -326,6 +373,14 @@ class SharpnessAwareOptimizer(MethodOptimizer):
     def _require_calls(self, what: str) -> None:
         if self.instead_of_calls is not None:
             raise RuntimeError(f"{type(self).__name__} has no {what}; {self.instead_of_calls}")
+
+    def _require_replay(self, evaluation: int, what: str) -> None:
+        if self._replay_rng and not self._replay.has(evaluation):
+            self.restore()
+            raise RuntimeError(
+                f"{what} was called with replay_rng=True, but the evaluation before it was not "
+                "made within `with opt.same_randomness():`"
+            )
 
     def _require_read(self, evaluations: int, what: str, before: str) -> StepEngine:
         self._require_calls(what)

@@ -126,9 +126,6 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         scaler = self._given_scaler
         torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
 
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
     def _seed(self) -> int:
         """Return a number for this step; those of other seeds and steps are far away."""
         seed: int = self.own(self.param_groups[0], "seed")

@@ -44,6 +44,8 @@ class ESAM(PerSampleOptimizer):
         seed: Of the choice of active tensors, a whole number >= 0. A group key, likewise.
         {common_options}
 
+    ``replay_rng=True`` is refused: the second evaluation has other samples, and so other masks.
+
     Differs from the authors' code:
         At least one tensor is active. S has gamma B samples, in the authors' code one less, and
         none if gamma B < 2. Their eps is 1e-7. The losses that are compared come from the same
@@ -74,6 +76,11 @@ class ESAM(PerSampleOptimizer):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("replay_rng"):
+            raise ValueError(
+                "replay_rng is True, expected False: the second evaluation of ESAM has fewer "
+                "samples, for which the same random numbers are not the same masks"
+            )
         own = {"rho": rho, "beta": beta, "gamma": gamma, "seed": seed}
         super().__init__(params, base_optimizer, own, **kwargs)
 

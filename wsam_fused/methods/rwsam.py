@@ -105,13 +105,15 @@ class RWSAM(PerSampleOptimizer):
 
     def _sharpness_aware_step(self, losses_fn: LossesFn) -> tuple[Tensor, Tensor]:
         probed = self._probe(losses_fn)
-        losses = losses_with_graph(losses_fn, count=len(probed))
         group = self.param_groups[0]
-        norms = (probed - losses.detach()).abs() / self.own(group, "delta")
-        self._backward(torch.dot((self.own(group, "lam") * norms).softmax(0), losses))
+        with self._evaluation(0):
+            losses = losses_with_graph(losses_fn, count=len(probed))
+            norms = (probed - losses.detach()).abs() / self.own(group, "delta")
+            self._backward(torch.dot((self.own(group, "lam") * norms).softmax(0), losses))
         self._go_to_ascent_point()
-        second = losses_with_graph(losses_fn, count=len(probed)).mean()
-        self._backward(second)
+        with self._evaluation(1):
+            second = losses_with_graph(losses_fn, count=len(probed)).mean()
+            self._backward(second)
         self._finish()
         return losses.detach().mean(), second.detach()
 

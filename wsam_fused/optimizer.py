@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 
 from wsam_fused.base_rules import device_learning_rate
 from wsam_fused.engine import StepEngine
+from wsam_fused.leftover_gradients import LeftoverGradients
 from wsam_fused.method_keys import STEP
 from wsam_fused.method_optimizer import MethodOptimizer
 from wsam_fused.microbatches import step_with_microbatches
 from wsam_fused.plan import Point
 from wsam_fused.row import BASE_ROW, Row
+from wsam_fused.second_evaluation import SecondEvaluation, step_with_second_evaluation
 
 Closure = Callable[[], Any]
 
@@ -34,6 +37,8 @@ class SharpnessAwareOptimizer(MethodOptimizer):
     takes_microbatches: ClassVar[bool] = False
     # What methods without the two-call form say.
     instead_of_calls: ClassVar[str | None] = None
+    # Neither copied nor saved with the optimizer.
+    _second_evaluation: SecondEvaluation | None = None
 
     # ---- the step ----------------------------------------------------------------------------
 
@@ -41,6 +46,33 @@ class SharpnessAwareOptimizer(MethodOptimizer):
     def is_plain_step(self) -> bool:
         """Whether the next step is one of the base optimizer alone; see ``every``."""
         return (self._steps() + 1) % self._every != 0
+
+    @property
+    def second_evaluation(self) -> SecondEvaluation | None:
+        """Computes the gradients of the same data at the weights as they are, by ``backward``.
+
+        ``.grad`` is None when it is called; if it returns a scalar, that is
+        ``last.perturbed_loss``. When it is set, ``step()`` without a closure makes the whole step:
+        the gradients in ``.grad`` are g1, however they were accumulated, and it is called for each
+        further one. An exception in it restores the weights. ``step(closure)`` does without it. It
+        is neither copied nor saved with the optimizer.
+
+        Raises:
+            TypeError: It is set to something that cannot be called.
+            RuntimeError: The method looks at the loss of every sample.
+        """
+        return self._second_evaluation
+
+    @second_evaluation.setter
+    def second_evaluation(self, function: SecondEvaluation | None) -> None:
+        if function is not None:
+            self._require_calls("second_evaluation")
+            if not callable(function):
+                raise TypeError(
+                    f"second_evaluation is {function!r}, expected a function without arguments or "
+                    "None"
+                )
+        self._second_evaluation = function
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -129,8 +161,9 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 are cleared first. A list of closures is a step over micro-batches (m-SAM), of which
                 each has a perturbation of its own and all have the same weight; for a shorter one,
                 multiply its loss by its size over the mean size. Without a closure, a backward must
-                have followed the last call. The closures of a list must not use gradients after
-                ``backward``: those of a perturbed evaluation are added up within it.
+                have followed the last call, or ``second_evaluation`` be set. The closures of a list
+                must not use gradients after ``backward``: those of a perturbed evaluation are added
+                up within it.
 
         Returns:
             The closure's loss at the unperturbed weights, for a list their mean; None without.
@@ -149,13 +182,14 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self._require_idle("step(closure)")
         if isinstance(closure, Sequence):
             return step_with_microbatches(self, closure)
-        self.zero_grad()
+        self._leftovers.clear(self)
         calls = (self.first_step, self.second_step, self.third_step)[: self.evaluations]
         losses = []
         try:
             for call in calls:
                 with torch.enable_grad():
                     losses.append(closure())
+                self._leftovers.check()
                 call(zero_grad=call is not calls[-1])
                 if not self.is_perturbed:  # a step of the base optimizer ends with the first call
                     break
@@ -222,6 +256,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             engine.abandon()
             raise
         self.last.begin(engine)
+        self._leftovers.note(self)
         self._opt_called = True  # lr_scheduler looks for it
         steps = self._steps() + 1
         for group in self.param_groups:
@@ -232,13 +267,22 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         return False
 
     def _complete_pending(self) -> None:
-        """Complete the step in progress with the gradients that the last backward gave."""
-        if not self.is_perturbed:
+        """Complete the step in progress, or make one with ``second_evaluation``."""
+        if self.is_perturbed:
+            (self.second_step if self.evaluations == 2 else self.third_step)()
+        elif self.second_evaluation is not None:
+            step_with_second_evaluation(self, self.second_evaluation)
+        else:
             raise RuntimeError(
                 "step() without a closure completes a step that first_step() began, but nothing is "
-                "pending; call step(closure), or first_step() and backward() before"
+                "pending; call step(closure), or first_step() and backward() before, or set "
+                "second_evaluation. docs/use_with.md says what frameworks need that call step() "
+                "themselves"
             )
-        (self.second_step if self.evaluations == 2 else self.third_step)()
+
+    @cached_property
+    def _leftovers(self) -> LeftoverGradients:
+        return LeftoverGradients()
 
     def _require_calls(self, what: str) -> None:
         if self.instead_of_calls is not None:

@@ -222,7 +222,38 @@ def test_what_is_logged_is_of_the_unperturbed_weights(parts: int) -> None:
 def test_what_is_logged_without_the_callback_is_not() -> None:
     notes, module = Notes(), Regression()
     fit(module, 4, notes)
-    assert notes.seen == [80] * EPOCHS, "the callback would not be needed"
+    model = network()
+    optimizer = optimizer_of("wsam", model)
+    perturbed: list[Tensor] = []
+    note = lambda: perturbed.append(optimizer.last.perturbed_loss)  # noqa: E731
+    steps = windows(4, 1) * EPOCHS
+    train_by_hand(optimizer, steps, lambda x, y: mse_loss(model(x), y), after_step=note)
+    assert torch.equal(torch.stack(notes.logged), torch.stack(perturbed))
+    assert notes.seen == [80] * EPOCHS
+
+
+class Manual(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = mse_loss(self.model(batch[0]), batch[1])
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+
+def test_manual_optimization() -> None:
+    module = Manual()
+    trainer = fit(module, 8)
+    assert_same(module.model, expected_of("wsam", 8))
+    assert trainer.global_step == 5 * EPOCHS
 
 
 def test_batch_norm_counts_once() -> None:
@@ -313,17 +344,11 @@ class PerSample(Regression):
         return ESAM(self.parameters(), torch.optim.SGD, lr=0.1)
 
 
-def manual() -> Regression:
-    module = Regression()
-    module.automatic_optimization = False
-    return module
-
-
 @pytest.mark.parametrize(
     ("module", "options", "error", "message"),
     [
         (Iterates, {}, ValueError, "training_step takes dataloader_iter, expected batch"),
-        (manual, {}, ValueError, "automatic_optimization is False, expected True"),
+        (Manual, {}, ValueError, "automatic_optimization is False, expected True"),
         (
             WithoutSAM,
             {},

@@ -20,6 +20,7 @@ from wsam_fused import BSAM, ESAM, SAM, WSAM
 pytest.importorskip("transformers", reason="Transformers is not installed")
 pytest.importorskip("accelerate", reason="Accelerate, which its Trainer needs, is not installed")
 
+import transformers
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from transformers import (
@@ -148,7 +149,8 @@ def test_training_equals_that_by_hand(method: str, parts: int, tmp_path: Path) -
     assert trainer.model.evaluations == 10 * EPOCHS * METHODS[method].evaluations
     assert trainer.state.global_step == len(losses)
     found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert found == pytest.approx([loss.item() for loss in losses], rel=1e-6)
+    rounding = 5e-5 if transformers.__version__.startswith("4.") else 0.0
+    assert found == pytest.approx([loss.item() for loss in losses], rel=1e-6, abs=rounding)
     assert trainer.optimizer.optimizer.second_evaluation is None
 
 
@@ -280,9 +282,10 @@ def test_a_model_with_dropout(precision: str, tmp_path: Path) -> None:
 
     steps = [[(batch,) for batch in trainer.seen[i : i + 2]] for i in (0, 2, 4, 6)]
     torch.manual_seed(7)
-    # The Trainer adds these losses up: it expects of a model whose forward takes keyword arguments
-    # that it divides by the number of items, which BERT's classification does not.
-    train_by_hand(optimizer, steps, loss_of, parts=1, after_step=schedule.step)
+    # From version 5 on BERT takes keyword arguments, of which the Trainer concludes that its losses
+    # are divided by the number of items. BERT does not divide, and so the losses add up.
+    parts = 1 if trainer.model_accepts_loss_kwargs else None
+    train_by_hand(optimizer, steps, loss_of, parts=parts, after_step=schedule.step)
     assert_same(model, expected)
 
 

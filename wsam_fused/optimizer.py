@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,17 +12,19 @@ from torch import Tensor
 
 from wsam_fused.base_rules import device_learning_rate
 from wsam_fused.engine import StepEngine
-from wsam_fused.loss_scale import add_to_found, check_scaler, scale_of, tell
+from wsam_fused.leftover_gradients import LeftoverGradients
+from wsam_fused.loss_scale import ScaledSteps
 from wsam_fused.method_keys import STEP
 from wsam_fused.method_optimizer import MethodOptimizer
 from wsam_fused.microbatches import step_with_microbatches
 from wsam_fused.plan import Point
 from wsam_fused.row import BASE_ROW, Row
+from wsam_fused.second_evaluation import SecondEvaluation, step_with_second_evaluation
 
 Closure = Callable[[], Any]
 
 
-class SharpnessAwareOptimizer(MethodOptimizer):
+class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
     """Base class: everything but the row of coefficients.
 
     A step evaluates the gradient at w and at perturbed neighbours, then restores w and updates it
@@ -38,6 +40,8 @@ class SharpnessAwareOptimizer(MethodOptimizer):
     takes_microbatches: ClassVar[bool] = False
     # What methods without the two-call form say.
     instead_of_calls: ClassVar[str | None] = None
+    # Neither copied nor saved with the optimizer.
+    _second_evaluation: SecondEvaluation | None = None
 
     # ---- the step ----------------------------------------------------------------------------
 
@@ -45,6 +49,33 @@ class SharpnessAwareOptimizer(MethodOptimizer):
     def is_plain_step(self) -> bool:
         """Whether the next step is one of the base optimizer alone; see ``every``."""
         return (self._steps() + 1) % self._every != 0
+
+    @property
+    def second_evaluation(self) -> SecondEvaluation | None:
+        """Computes the gradients of the same data at the weights as they are, by ``backward``.
+
+        ``.grad`` is None when it is called; if it returns a scalar, that is
+        ``last.perturbed_loss``. When it is set, ``step()`` without a closure makes the whole step:
+        the gradients in ``.grad`` are g1, however they were accumulated, and it is called for each
+        further one. An exception in it restores the weights. ``step(closure)`` does without it. It
+        is neither copied nor saved with the optimizer.
+
+        Raises:
+            TypeError: It is set to something that cannot be called.
+            RuntimeError: The method looks at the loss of every sample.
+        """
+        return self._second_evaluation
+
+    @second_evaluation.setter
+    def second_evaluation(self, function: SecondEvaluation | None) -> None:
+        if function is not None:
+            self._require_calls("second_evaluation")
+            if not callable(function):
+                raise TypeError(
+                    f"second_evaluation is {function!r}, expected a function without arguments or "
+                    "None"
+                )
+        self._second_evaluation = function
 
     @torch.no_grad()
     def first_step(
@@ -150,8 +181,9 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 are cleared first. A list of closures is a step over micro-batches (m-SAM), of which
                 each has a perturbation of its own and all have the same weight; for a shorter one,
                 multiply its loss by its size over the mean size. Without a closure, a backward must
-                have followed the last call. The closures of a list must not use gradients after
-                ``backward``: those of a perturbed evaluation are added up within it.
+                have followed the last call, or ``second_evaluation`` be set. The closures of a list
+                must not use gradients after ``backward``: those of a perturbed evaluation are added
+                up within it.
             scaler: Scales the loss in the closures, ``scaler.scale(loss).backward()``. Call
                 ``scaler.update()`` afterwards, and not ``scaler.step()``. Without a closure,
                 ``scaler.step(optimizer)`` is what calls this, and it is not given.
@@ -175,13 +207,14 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self._refuse_closure_of_scaler()
         if isinstance(closure, Sequence):
             return step_with_microbatches(self, closure, scaler)
-        self.zero_grad()
+        self._leftovers.clear(self)
         calls = (self.first_step, self.second_step, self.third_step)[: self.evaluations]
         losses: list[Any] = []
         try:
             for call in calls:
                 with torch.enable_grad(), self._evaluation(len(losses)):
                     losses.append(closure())
+                self._leftovers.check()
                 if call is calls[0]:
                     self.first_step(zero_grad=True, scaler=scaler)
                 else:
@@ -245,15 +278,12 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self, *, take: bool, copy: bool = False, scaler: torch.amp.GradScaler | None = None
     ) -> StepEngine:
         """Bring the hyper-parameters up to date and read the gradients at w."""
-        self._scaler = check_scaler(scaler, self)
+        self._take_scaler(scaler)
         self._method_keys.apply_schedules(self.param_groups)
         engine = self._current_engine()
         while not engine.read_first(take=take, copy=copy):
             engine = self._new_engine()
-        device = engine.scalars.device
-        engine.set_loss_scale(None if self._scaler is None else scale_of(self._scaler, device))
-        if self._scaler is None:
-            self._warn_of_float16(engine)
+        self._set_loss_scale(engine)
         return engine
 
     def _begin_without_gradients(self) -> StepEngine:
@@ -296,10 +326,10 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         except BaseException:
             engine.abandon()
             raise
-        if self._scaler is not None:
-            (add_to_found if self._is_called_by_scaler() else tell)(self._scaler, self, engine)
+        self._tell_scaler(engine)
         self._replay.forget()
         self.last.begin(engine)
+        self._leftovers.note(self)
         self._opt_called = True  # lr_scheduler looks for it
         steps = self._steps() + 1
         for group in self.param_groups:
@@ -310,65 +340,22 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         return False
 
     def _complete_pending(self) -> None:
-        """Complete the step in progress with the gradients that the last backward gave."""
-        if not self.is_perturbed:
+        """Complete the step in progress, or make one with ``second_evaluation``."""
+        if self.is_perturbed:
+            (self.second_step if self.evaluations == 2 else self.third_step)()
+        elif self.second_evaluation is not None:
+            step_with_second_evaluation(self, self.second_evaluation)
+        else:
             raise RuntimeError(
                 "step() without a closure completes a step that first_step() began, but nothing is "
-                "pending; call step(closure), or first_step() and backward() before"
-            )
-        (self.second_step if self.evaluations == 2 else self.third_step)()
-
-    # ---- loss scaling ------------------------------------------------------------------------
-
-    # A GradScaler then calls step() whatever it has found, and says so in `found_inf`.
-    _step_supports_amp_scaling = True
-    # It sets these, for as long as it calls step().
-    grad_scale: torch.Tensor | None
-    found_inf: torch.Tensor | None
-    _scaler: torch.amp.GradScaler | None = None
-    _warned_of_float16 = False
-
-    def _is_called_by_scaler(self) -> bool:
-        return self._found_by_scaler() is not None
-
-    def _found_by_scaler(self) -> torch.Tensor | None:
-        return getattr(self, "found_inf", None)
-
-    def _refuse_closure_of_scaler(self) -> None:
-        if self._is_called_by_scaler():
-            raise RuntimeError(
-                "GradScaler.step() was given a closure, which it cannot scale; call "
-                "optimizer.step(closure, scaler=scaler) and then scaler.update()"
+                "pending; call step(closure), or first_step() and backward() before, or set "
+                "second_evaluation. docs/use_with.md says what frameworks need that call step() "
+                "themselves"
             )
 
-    def _note_scaled(self, engine: StepEngine) -> None:
-        """Take over what the scaler knows of the last gradients, or look at them ourselves."""
-        found = self._found_by_scaler()
-        if found is None:
-            engine.checks_this_step = self._scaler is not None
-            return
-        if self._scaler is None:
-            raise RuntimeError(
-                "GradScaler.step() completes a step whose first gradients it does not know of; "
-                "call first_step(zero_grad=True, scaler=scaler)"
-            )
-        if self.grad_scale is None:
-            engine.forget_loss_scale(engine.read - 1)  # by scaler.unscale_()
-        engine.set_found_inf(found)
-
-    def _warn_of_float16(self, engine: StepEngine) -> None:
-        """Say once that small gradients are lost."""
-        if self._warned_of_float16:
-            return
-        lists = engine.lists.lists
-        if any(torch.float16 in (tensors.key.dtype, tensors.grad_dtype) for tensors in lists):
-            self._warned_of_float16 = True
-            warnings.warn(
-                "gradients are float16, in which small ones vanish, and no GradScaler was given; "
-                "call scaler.scale(loss).backward() and step(closure, scaler=scaler), or use "
-                "bfloat16",
-                stacklevel=4,
-            )
+    @cached_property
+    def _leftovers(self) -> LeftoverGradients:
+        return LeftoverGradients()
 
     def _require_calls(self, what: str) -> None:
         if self.instead_of_calls is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from multiprocessing import get_all_start_methods
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from wsam_fused import BSAM, RWSAM, SAM, WSAM
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
 
 from accelerate import Accelerator, debug_launcher
+from accelerate.optimizer import patch_optimizer_step
 from accelerate.state import AcceleratorState, GradientState
 
 from wsam_fused.integrations.accelerate import SharpnessAwareAccumulation
@@ -196,13 +197,38 @@ def test_what_cannot_work_is_refused() -> None:
     prepared = accelerator.prepare(RWSAM(model.parameters(), torch.optim.SGD, lr=0.1))
     with pytest.raises(TypeError, match="is RWSAM, which needs the loss of every sample"):
         SharpnessAwareAccumulation(accelerator, prepared, model)
-    scaling: Any = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
-    with pytest.raises(ValueError, match="mixed_precision is 'fp16', expected 'no' or 'bf16'"):
-        SharpnessAwareAccumulation(scaling, optimizer_of("sam", model), model)
+
+
+class ScalingLoop(Loop):
+    """Losses are scaled as with mixed_precision="fp16", which needs a GPU; here in float64."""
+
+    def __init__(self, method: str, parts: int, **options: Any) -> None:
+        super().__init__(method, 4, parts, **options)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        self.accelerator.scaler = self.optimizer.scaler = self.scaler
+        optimizer = self.optimizer.optimizer
+        self.optimizer._accelerate_step_called = False
+        self.optimizer._optimizer_original_step_method = optimizer.step
+        self.optimizer._optimizer_patched_step_method = patch_optimizer_step(
+            self.optimizer, optimizer.step
+        )
+        self.accumulation = SharpnessAwareAccumulation(
+            self.accelerator, self.optimizer, self.forward
+        )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_scaled_losses(method: str, parts: int) -> None:
+    loop, expected = ScalingLoop(method, parts).run(), Loop(method, 4, parts).run()
+    assert_same(loop.model, expected.model)
+    assert loop.scaler.get_scale() == 2.0**10
+    assert loop.evaluations == expected.evaluations
 
 
 def half(path: str) -> None:
     """Train in one of two processes; each takes every second batch."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or Accelerate warns that it sets it
     torch.set_num_threads(1)
     loop = Loop("wsam", 2, 2).run()
     if loop.accelerator.is_main_process:

@@ -295,6 +295,7 @@ def test_unscaled_too_early_or_stepped_twice() -> None:
         run.optimizer.first_step(zero_grad=True, scaler=scaler)
     assert not run.optimizer.is_perturbed
     scaler.update()
+    run.optimizer.zero_grad()
     run.optimizer.step(run.backward, scaler=scaler)
     with pytest.raises(RuntimeError, match=r"since scaler.update\(\) was called last"):
         run.optimizer.step(run.backward, scaler=scaler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any
@@ -356,14 +357,8 @@ class PerSample(Regression):
             "the module's optimizer is SGD, expected an optimizer of wsam_fused",
         ),
         (PerSample, {}, TypeError, "is ESAM, which needs the loss of every sample"),
-        (
-            Regression,
-            {"plugins": [MixedPrecision("16-mixed", "cpu")]},
-            ValueError,
-            "precision is '16-mixed', expected '32-true', '64-true' or 'bf16-mixed'",
-        ),
     ],
-    ids=["iterator", "manual", "another optimizer", "per sample", "float16"],
+    ids=["iterator", "manual", "another optimizer", "per sample"],
 )
 def test_what_cannot_work_is_refused(
     module: Any, options: dict[str, Any], error: type[Exception], message: str
@@ -377,6 +372,53 @@ def test_float16_without_the_callback_is_refused() -> None:
     module.model.float()
     with pytest.raises(RuntimeError, match=r"docs/use_with\.md"):
         fit(module, 4, plugins=[MixedPrecision("16-mixed", "cpu")])
+
+
+class Scaling(MixedPrecision):
+    """The plugin of "16-mixed" on a CPU, but for the autocast: losses are scaled, in float64."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+    def forward_context(self) -> Any:
+        return nullcontext()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_scaled_losses(method: str, parts: int) -> None:
+    module = Regression(method).double()
+    plugin = Scaling(2.0**10)
+    fit(module, 8, SharpnessAware(), accumulate_grad_batches=parts, plugins=[plugin])
+    assert_same(module.model, expected_of(method, 8, parts))
+    assert module.evaluations == 5 * EPOCHS * METHODS[method].evaluations
+
+
+class Overflows(Regression):
+    """An infinite loss in one evaluation of the second step."""
+
+    def __init__(self, evaluation: int) -> None:
+        super().__init__("wsam", restore="backup")
+        self.poisoned = METHODS["wsam"].evaluations + evaluation
+        self.weights: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        infinite = self.evaluations == self.poisoned
+        loss: Tensor = super().training_step(batch, batch_idx)
+        return loss * float("inf") if infinite else loss
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.weights.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
+
+
+@pytest.mark.parametrize("evaluation", [0, 1])
+def test_an_overflow_skips_the_step_and_lowers_the_scale(evaluation: int) -> None:
+    module, plugin = Overflows(evaluation).double(), Scaling(2.0**10)
+    fit(module, 8, SharpnessAware(), plugins=[plugin], max_epochs=1)
+    assert torch.equal(module.weights[1], module.weights[0])
+    assert not torch.equal(module.weights[2], module.weights[1])
+    assert plugin.scaler is not None
+    assert plugin.scaler.get_scale() == 2.0**9
 
 
 class Half(Regression):

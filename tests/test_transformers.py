@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from multiprocessing import get_all_start_methods
 from pathlib import Path
@@ -318,14 +319,27 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         InOrder(
             model, arguments(tmp_path), train_dataset=Data(), optimizers=(optimizer, None)
         ).train()
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.2])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_scaled_losses(method: str, limit: float, tmp_path: Path) -> None:
+    """Those of fp16=True, which the Trainer has on a GPU only; here in float64."""
+    args = arguments(tmp_path, max_grad_norm=limit)
     model = Regression()
     trainer = InOrder(
-        model, arguments(tmp_path), train_dataset=Data(),
-        optimizers=(optimizer_of("sam", model), None),
-    )  # fmt: skip
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ValueError, match="fp16 is True, expected bf16=True or neither"):
-        trainer.train()
+        model, args, train_dataset=Data(), optimizers=(optimizer_of(method, model), None)
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer.accelerator.scaler = scaler
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"  # autocast leaves float64 alone
+    trainer.train()
+    expected, _ = expected_of(method, 4, 2, limit)
+    pairs = zip(model.net.parameters(), expected.parameters(), strict=True)
+    for param, wanted in pairs:
+        torch.testing.assert_close(param, wanted, rtol=1e-12, atol=1e-13)
+    assert scaler.get_scale() == 2.0**10
 
 
 def test_without_the_mixin_a_step_is_an_error(tmp_path: Path) -> None:
@@ -340,6 +354,7 @@ def test_without_the_mixin_a_step_is_an_error(tmp_path: Path) -> None:
 
 def half(path: str) -> None:
     """Train in one of two processes; each takes every second batch."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or Accelerate warns that it sets it
     torch.set_num_threads(1)
     trainer = trained(arguments(Path(path), size=2))
     if trainer.is_world_process_zero():

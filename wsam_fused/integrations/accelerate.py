@@ -1,6 +1,7 @@
 """Hugging Face Accelerate: gradient accumulation in loops of one's own.
 
-``optimizer.step(closure)`` works on a prepared optimizer as it is, without accumulation.
+``optimizer.step(closure)`` works on a prepared optimizer as it is, without accumulation and without
+loss scaling (``mixed_precision="fp16"``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wsam_fused.integrations.prepared import refuse_loss_scaling, sharpness_aware
+from wsam_fused.integrations.prepared import sharpness_aware
 from wsam_fused.integrations.window import Window
 
 try:
@@ -36,7 +37,6 @@ class SharpnessAwareAccumulation:
 
     Raises:
         TypeError: The optimizer is of another kind.
-        ValueError: The accelerator scales losses (``mixed_precision="fp16"``).
 
     Example:
         >>> accumulation = SharpnessAwareAccumulation(accelerator, optimizer, model)
@@ -49,9 +49,7 @@ class SharpnessAwareAccumulation:
 
     def __init__(self, accelerator: Accelerator, optimizer: Any, *models: Any) -> None:
         self._optimizer = sharpness_aware(optimizer, "optimizer")
-        refuse_loss_scaling(
-            accelerator.scaler, "mixed_precision is 'fp16', expected 'no' or 'bf16'"
-        )
+        self._optimizer.second_evaluation_scaler = accelerator.scaler
         self._accelerator = accelerator
         self._models = models
         self._window = Window(self._backward, self._without_sync)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wsam_fused.integrations.prepared import refuse_loss_scaling, sharpness_aware
+from wsam_fused.integrations.prepared import sharpness_aware
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -40,14 +40,17 @@ class SharpnessAware(Callback):
     evaluations ``self.log`` does nothing, and metrics of torchmetrics that are attributes of the
     module do not change. ``outputs`` of ``on_train_batch_end`` are those of the unperturbed one.
 
+    Without the callback, ``precision="16-mixed"`` is an error. With it and ``gradient_clip_val``
+    Lightning refuses; clip with ``max_grad_norm`` of the optimizer.
+
     ``gradient_clip_val`` clips each gradient of a step by itself, g1 before the perturbation. By
     norm, this is ``max_grad_norm`` of the optimizer up to rounding (not with
     ``geometry="fisher"``, whose metric depends on the size of g1).
 
     Raises:
         TypeError: The optimizer is not one of this package, or wants a loss for every sample.
-        ValueError: ``precision="16-mixed"``, manual optimization, a strategy that accumulates by
-            itself (DeepSpeed), or a ``training_step`` that takes ``dataloader_iter``.
+        ValueError: Manual optimization, a strategy that accumulates by itself (DeepSpeed), or a
+            ``training_step`` that takes ``dataloader_iter``.
 
     Example:
         >>> trainer = Trainer(callbacks=[SharpnessAware()], accumulate_grad_batches=4)
@@ -123,8 +126,17 @@ class _Step:
             self._accumulated = [(p, p.grad) for p in params if p.grad is not None]
             for param, _ in self._accumulated:
                 param.grad = None
-        with self._silence:
-            step(self._evaluate)
+        optimizer = sharpness_aware(self._optimizer, "the module's optimizer")
+        # With a GradScaler, Lightning evaluates the closure once and calls step() without it.
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            optimizer.second_evaluation_scaler = scaler
+            optimizer.second_evaluation = self._evaluate
+        try:
+            with self._silence:
+                step(self._evaluate)
+        finally:
+            optimizer.second_evaluation = None
         if self._evaluations:  # Lightning reads the loss and the outputs from there
             self._closure._result = self._first_result
 
@@ -163,10 +175,6 @@ def _check(trainer: Any, module: Any) -> None:
         )
     for optimizer in trainer.optimizers:
         sharpness_aware(optimizer, "the module's optimizer")
-    refuse_loss_scaling(
-        getattr(trainer.precision_plugin, "scaler", None),
-        f"precision is {trainer.precision!r}, expected '32-true', '64-true' or 'bf16-mixed'",
-    )
     if trainer.strategy.handles_gradient_accumulation:
         name = type(trainer.strategy).__name__
         raise ValueError(f"strategy is {name}, expected one that leaves gradients in .grad")

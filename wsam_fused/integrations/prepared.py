@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch.amp.grad_scaler import GradScaler
+
 from wsam_fused.methods import METHODS
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 
@@ -35,12 +38,14 @@ def sharpness_aware(optimizer: Any, where: str) -> SharpnessAwareOptimizer:
     return found
 
 
-def refuse_loss_scaling(scaler: object, setting: str) -> None:
-    """Raise a ValueError if a framework has a GradScaler, of which g2 would not know.
+def clip_scaled(optimizer: SharpnessAwareOptimizer, limit: float, scaler: GradScaler) -> None:
+    """Clip gradients that are multiplied by a loss scale to the norm ``limit`` without it.
 
-    Args:
-        scaler: The GradScaler, None if there is none.
-        setting: What was set, and what is expected.
+    Nothing waits for the device, and gradients that are not finite stay so.
     """
-    if scaler is not None:
-        raise ValueError(f"{setting}; float16 with a GradScaler is not supported yet")
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [param.grad for param in params if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    one = scaler.scale(torch.ones((), device=norm.device))
+    factor = (limit * one / (norm + 1e-6 * one)).clamp(max=1.0)
+    torch._foreach_mul_(grads, factor)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from wsam_fused.integrations.prepared import refuse_loss_scaling, sharpness_aware
+from wsam_fused.integrations.prepared import clip_scaled, sharpness_aware
 from wsam_fused.integrations.window import Window
 
 try:
@@ -37,8 +37,7 @@ class SharpnessAwareTrainerMixin(_Base):
 
     Raises:
         TypeError: The optimizer is of another kind.
-        ValueError: ``fp16=True``, or a backend that keeps the gradients to itself (DeepSpeed,
-            Megatron-LM, XLA).
+        ValueError: A backend keeps the gradients to itself (DeepSpeed, Megatron-LM, XLA).
 
     Example:
         >>> class MyTrainer(SharpnessAwareTrainerMixin, Trainer):
@@ -53,8 +52,8 @@ class SharpnessAwareTrainerMixin(_Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Check the optimizer, and begin without micro-batches; called before each training."""
         created = super().create_optimizer(*args, **kwargs)
-        sharpness_aware(self.optimizer, "the Trainer's optimizer")
-        refuse_loss_scaling(self.accelerator.scaler, "fp16 is True, expected bf16=True or neither")
+        optimizer = sharpness_aware(self.optimizer, "the Trainer's optimizer")
+        optimizer.second_evaluation_scaler = self.accelerator.scaler
         kind = self.accelerator.distributed_type.value
         if kind in _UNSUPPORTED:
             raise ValueError(f"the Trainer runs on {kind}, expected one process, DDP or FSDP")
@@ -106,7 +105,10 @@ class SharpnessAwareTrainerMixin(_Base):
         limit = self.args.max_grad_norm
         if limit is None or limit <= 0:
             return
-        if hasattr(self, "_clip_grad_norm"):
+        if self.accelerator.scaler is not None:  # which unscales only once in a step
+            optimizer = sharpness_aware(self.optimizer, "the Trainer's optimizer")
+            clip_scaled(optimizer, limit, self.accelerator.scaler)
+        elif hasattr(self, "_clip_grad_norm"):
             self._clip_grad_norm(self.model_wrapped)
         else:  # older Trainers have it in their loop
             self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), limit)

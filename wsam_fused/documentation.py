@@ -44,10 +44,19 @@ geometry: The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2):
         restore: ``"recompute"`` gets w back from p and g1 by one multiply-add, which costs no
             memory and is off by at most one unit in the last place of p, mostly by nothing.
             ``"backup"`` keeps a copy and is exact; it is taken without asking for other geometries
-            than the Euclidean and for 16-bit parameters.
+            than the Euclidean, for 16-bit parameters and with ``perturb_scope="local"``.
         backend: ``"auto"`` or the name of a backend (``python -m wsam_fused`` lists them).
         model: Keep the BatchNorm running statistics of this module out of the perturbed
             evaluations.
+        perturb_scope: Whose gradient perturbs the replicas of a data-parallel model. ``"global"``:
+            all perturb alike, by the averaged one. ``"local"``: each by that of its own batch, as
+            the papers' m-sharpness has it; the first evaluation is not averaged, and w is restored
+            from a copy, as with ``restore="backup"``, so that replicas stay equal bit by bit. Needs
+            ``model=`` with the DistributedDataParallel module; or, call by call, a first forward
+            and backward (for GSAM and BSAM, which average their h, all of them) within its
+            ``no_sync()``, unless ``is_plain_step``.
+        process_group: The ranks that average with ``"local"``; those of ``model`` by default, or
+            all.
         **base_kwargs: Arguments of the base optimizer's class, such as ``lr``.
 
     Raises:

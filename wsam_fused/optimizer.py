@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from wsam_fused.base_rules import device_learning_rate
 from wsam_fused.engine import StepEngine
@@ -13,6 +14,7 @@ from wsam_fused.method_keys import STEP
 from wsam_fused.method_optimizer import MethodOptimizer
 from wsam_fused.microbatches import step_with_microbatches
 from wsam_fused.plan import Point
+from wsam_fused.replicas import complete_apart
 from wsam_fused.row import BASE_ROW, Row
 
 Closure = Callable[[], Any]
@@ -61,6 +63,8 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self._require_calls("first_step()")
         self._require_idle("first_step()")
         plain = self.is_plain_step
+        if not plain:
+            self._replicas.match_gradients(self)
         engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
         if plain:
             engine.reduce(0)
@@ -69,6 +73,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         try:
             engine.reduce(0)
             engine.move_to(Point.ASCENT)
+            self._replicas.begin(self, engine)
             self._batch_norm.save()
         except BaseException:
             engine.abandon()
@@ -147,14 +152,15 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             return None
         self._require_calls("step(closure)")
         self._require_idle("step(closure)")
+        self._replicas.check_closure("step(closure)")
         if isinstance(closure, Sequence):
             return step_with_microbatches(self, closure)
         self.zero_grad()
         calls = (self.first_step, self.second_step, self.third_step)[: self.evaluations]
         losses = []
         try:
-            for call in calls:
-                with torch.enable_grad():
+            for number, call in enumerate(calls):
+                with torch.enable_grad(), self._replicas.evaluation(self, number):
                     losses.append(closure())
                 call(zero_grad=call is not calls[-1])
                 if not self.is_perturbed:  # a step of the base optimizer ends with the first call
@@ -202,8 +208,11 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         assert engine is not None  # the caller has looked
         try:
             self._batch_norm.restore()
-            engine.read_next()
-            self._update(self._method_rows(), required=self.required)
+            if self._replicas.perturb_apart:
+                complete_apart(self, engine)
+            else:
+                engine.read_next()
+                self._update(self._method_rows(), required=self.required)
         except BaseException:
             engine.abandon()
             raise
@@ -226,6 +235,9 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         steps = self._steps() + 1
         for group in self.param_groups:
             group[STEP] = steps
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _keeps_point(self) -> bool:
         """Whether the update starts from where the last evaluation was."""

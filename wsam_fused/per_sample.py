@@ -68,6 +68,7 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
                 "losses_fn(index=None) that returns the losses of the samples"
             )
         self._require_idle("step(losses_fn)")
+        self._replicas.check_closure("step(losses_fn)")
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
                 f"step() of {type(self).__name__} draws random numbers on the host, which every "
@@ -102,17 +103,16 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
     @torch.no_grad()
     def _go_to_ascent_point(self) -> None:
+        self._replicas.match_gradients(self)
         engine = self._begin(take=True)
         engine.reduce(0)
         engine.move_to(Point.ASCENT)
+        self._replicas.begin(self, engine)
         self._batch_norm.save()
 
     @torch.no_grad()
     def _finish(self) -> None:
         self._complete(zero_grad=True)
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
 
     def _seed(self) -> int:
         """Return a number for this step; those of other seeds and steps are far away."""

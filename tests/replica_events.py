@@ -55,6 +55,51 @@ def events_of_a_step(
     return found
 
 
+def layouts(rank: int) -> list[Tensor]:
+    """Tensors of several dtypes and layouts, with values of this rank."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return [
+        values(3),
+        values(4, 6).t(),
+        values(0),
+        values(),
+        values(5, 8)[:, ::2],
+        values(7).float(),
+        values(40, 3),  # fills a bucket
+        values(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        values(40, 5).t(),  # likewise
+        values(9).bfloat16(),
+        values(40, 6)[:, ::2],  # likewise, but is no block of memory
+    ]
+
+
+def averaged(rank: int) -> list[list[Tensor]]:
+    """Averages of these lists, twice with one object, as in two steps."""
+    kept = averages.Averages()
+    assert dist.group.WORLD is not None
+    found = []
+    with mock.patch.object(averages, "BUCKET_BYTES", SMALL_BUCKETS):
+        for offset in (0, 2):
+            means = kept.start(layouts(rank + offset), dist.group.WORLD)
+            kept.wait()
+            found.append([mean.clone() for mean in means])
+    return found
+
+
+def refusal_of_a_static_graph(rank: int) -> str:
+    net, _, _ = problem()
+    model = DistributedDataParallel(net, static_graph=True)
+    try:
+        optimizer_of(model.parameters(), Case("sam", "sgdm"), model=model, perturb_scope="local")
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 def poisoned_step(
     rank: int, method: str, parts: int, evaluation: int = 0
 ) -> tuple[list[Tensor], float]:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -143,7 +144,7 @@ LOCAL: list[Case] = [
     *(Case(method, "sgdm", "every", parts=0) for method in METHODS),
     *(Case(method, "adamw", "every", parts=2) for method in ("sam", "wsam", "gsam", "gsam-0")),
     *(Case(method, "sgdm", "plain", "views", parts=2) for method in ("sam", "wsam", "gsam")),
-    *(Case(method, "rmsprop") for method in ("wsam", "gsam")),
+    *(Case(method, "rmsprop") for method in ("sam", "wsam", "gsam")),
     # Here rounding shows: replicas have to be equal bit by bit.
     *(Case(method, "adamw", dtype=torch.float32) for method in METHODS),
     *(Case(method, "adamw", dtype=torch.bfloat16) for method in METHODS),
@@ -154,7 +155,10 @@ def parallel_run(rank: int, case: Case, scope: str) -> Tensor:
     """Train with this process as one of several."""
     net, x, y = problem(case.dtype)
     model = DistributedDataParallel(net, **PARALLEL[case.parallel])
-    optimizer = optimizer_of(model.parameters(), case, model=model, perturb_scope=scope)
+    # Call by call nothing needs the model; the ranks are those given, or all.
+    group = dist.group.WORLD if case.method == "wsam" else None
+    told: dict[str, Any] = {"model": model} if case.parts else {"process_group": group}
+    optimizer = optimizer_of(model.parameters(), case, perturb_scope=scope, **told)
     pieces = max(case.parts, 1)
     closures = closures_of(
         optimizer, model, part_of(rank, pieces, x), part_of(rank, pieces, y), pieces

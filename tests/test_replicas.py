@@ -12,7 +12,15 @@ import pytest
 import replica_samples
 import torch
 from processes import run_ranks
-from replica_events import SMALL_BUCKETS, events_of_a_step, poisoned_step, telemetry
+from replica_events import (
+    SMALL_BUCKETS,
+    averaged,
+    events_of_a_step,
+    layouts,
+    poisoned_step,
+    refusal_of_a_static_graph,
+    telemetry,
+)
 from replica_runs import (
     GLOBAL,
     LOCAL,
@@ -26,7 +34,7 @@ from replica_runs import (
     uneven_in_one,
     uneven_run,
 )
-from tolerances import REPLICAS, close
+from tolerances import ONE_STEP, REPLICAS, close
 
 from wsam_fused import BSAM, ESAM, SAM, WSAM
 
@@ -50,6 +58,8 @@ def everything(rank: int) -> dict[Any, Any]:
         found["poisoned", method, parts] = poisoned_step(rank, method, parts)
     for method in ("sam", "wsam", "gsam"):
         found["telemetry", method] = telemetry(rank, method)
+    found["averages"] = averaged(rank)
+    found["static"] = refusal_of_a_static_graph(rank)
     return found
 
 
@@ -131,6 +141,18 @@ def test_what_ranks_tell_each_other(
         assert found["events", method, parts] == expected
 
 
+def test_means_of_tensors_of_any_layout(ranks: list[dict[Any, Any]]) -> None:
+    for first, second, offset in zip(
+        ranks[0]["averages"], ranks[1]["averages"], (0, 2), strict=True
+    ):
+        values = [layouts(rank + offset) for rank in range(RANKS)]
+        for mean, other, one, two in zip(first, second, *values, strict=True):
+            assert torch.equal(mean, other)
+            assert (mean.shape, mean.dtype) == (one.shape, one.dtype)
+            expected = ((one.double() + two.double()) / 2).to(one.dtype)
+            close(mean, expected, ONE_STEP[one.dtype], f"{one.dtype}, {tuple(one.shape)}")
+
+
 @pytest.mark.parametrize(("method", "parts"), POISONED)
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     ranks: list[dict[Any, Any]], method: str, parts: int
@@ -171,6 +193,14 @@ def test_bad_arguments_are_named() -> None:
         SAM(params(), process_group=3, lr=0.1)
     with pytest.raises(ValueError, match="as_published is True and perturb_scope is 'local'"):
         BSAM(params(), perturb_scope="local", as_published=True, lr=0.1)
+
+
+def test_a_static_graph_is_refused(ranks: list[dict[Any, Any]]) -> None:
+    """Torch cannot run its first evaluation within no_sync()."""
+    for found in ranks:
+        assert found["static"].startswith(
+            "perturb_scope is 'local' and model has static_graph=True"
+        )
 
 
 def test_a_scope_without_ranks_is_refused_before_the_weights_move() -> None:

@@ -51,12 +51,13 @@ geometry: The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2):
         perturb_scope: Whose gradient perturbs the replicas of a data-parallel model. ``"global"``:
             all perturb alike, by the averaged one. ``"local"``: each by that of its own batch, as
             the papers' m-sharpness has it; the first evaluation is not averaged, and w is restored
-            from a copy, as with ``restore="backup"``, so that replicas stay equal bit by bit. Needs
-            ``model=`` with the DistributedDataParallel module; or, call by call, a first forward
-            and backward (for GSAM and BSAM, which average their h, all of them) within its
-            ``no_sync()``, unless ``is_plain_step``.
+            from a copy, as with ``restore="backup"``, so that replicas stay equal bit by bit
+            (docs/methods.md says what is averaged). Needs ``model=`` with the
+            DistributedDataParallel module; or, call by call, a first forward and backward (for
+            GSAM and BSAM, which average their h, all of them) within its ``no_sync()``, unless
+            ``is_plain_step``.
         process_group: The ranks that average with ``"local"``; those of ``model`` by default, or
-            all.
+            all. Copies of the optimizer do not keep it.
         **base_kwargs: Arguments of the base optimizer's class, such as ``lr``.
 
     Raises:

@@ -142,6 +142,7 @@ LOCAL: list[Case] = [
     *(Case(method, "sgdm", "adaptive", "unused", backend="eager") for method in METHODS),
     *(Case(method, "adamw", "clip") for method in METHODS),
     *(Case(method, "sgdm", "every", parts=0) for method in METHODS),
+    *(Case(method, "adamw", "every") for method in ("sam", "wsam", "gsam")),
     *(Case(method, "adamw", "every", parts=2) for method in ("sam", "wsam", "gsam", "gsam-0")),
     *(Case(method, "sgdm", "plain", "views", parts=2) for method in ("sam", "wsam", "gsam")),
     *(Case(method, "rmsprop") for method in ("sam", "wsam", "gsam")),

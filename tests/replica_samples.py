@@ -51,6 +51,29 @@ def run(rank: int, method: str, scope: str, told: bool) -> Tensor:
     return flat(net.parameters())
 
 
+def poisoned(rank: int, method: str, scope: str, told: bool) -> tuple[list[Tensor], float]:
+    """Weights after every step, and how many were skipped; losses of rank 0 are NaN in one."""
+    net, x, y = problem()
+    model = DistributedDataParallel(net)
+    given = model if told else None
+    optimizer = optimizer_of(method, model.parameters(), model=given, perturb_scope=scope)
+    losses_fn = losses(model, part_of(rank, 1, x), part_of(rank, 1, y))
+    calls = step = 0
+
+    def first_is_nan(index: Tensor | None = None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        factor = float("nan") if (rank, step, calls) == (0, 1, 1) else 1.0
+        return losses_fn(index) * factor
+
+    weights = [flat(net.parameters())]
+    for step in range(3):  # noqa: B007  (the closure reads it)
+        calls = 0
+        optimizer.step(first_is_nan)
+        weights.append(flat(net.parameters()))
+    return weights, float(optimizer.skipped_steps)
+
+
 def in_one(method: str, scope: str) -> Tensor:
     net, x, y = problem()
     params = list(net.parameters())

@@ -52,10 +52,11 @@ def everything(rank: int) -> dict[Any, Any]:
         found["uneven", case, scope] = uneven_run(rank, case, scope)
     for sample_case in replica_samples.CASES:
         found["samples", sample_case] = replica_samples.run(rank, *sample_case)
+        found["poisoned", sample_case] = replica_samples.poisoned(rank, *sample_case)
     for method, parts in EVENTS:
         found["events", method, parts] = events_of_a_step(rank, method, parts, SMALL_BUCKETS)
     for method, parts in POISONED:
-        found["poisoned", method, parts] = poisoned_step(rank, method, parts)
+        found["poisoned", (method, parts)] = poisoned_step(rank, method, parts)
     for method in ("sam", "wsam", "gsam"):
         found["telemetry", method] = telemetry(rank, method)
     found["averages"] = averaged(rank)
@@ -153,18 +154,18 @@ def test_means_of_tensors_of_any_layout(ranks: list[dict[Any, Any]]) -> None:
             close(mean, expected, ONE_STEP[one.dtype], f"{one.dtype}, {tuple(one.shape)}")
 
 
-@pytest.mark.parametrize(("method", "parts"), POISONED)
+@pytest.mark.parametrize("case", [*POISONED, *replica_samples.CASES], ids=label)
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
-    ranks: list[dict[Any, Any]], method: str, parts: int
+    ranks: list[dict[Any, Any]], case: Any
 ) -> None:
     for found in ranks:
-        weights, skipped = found["poisoned", method, parts]
+        weights, skipped = found["poisoned", case]
         assert skipped == 1
         assert torch.equal(weights[2], weights[1])
         assert not torch.equal(weights[1], weights[0])
         assert not torch.equal(weights[3], weights[2])
         assert torch.isfinite(weights[3]).all()
-        for one, other in zip(weights, ranks[0]["poisoned", method, parts][0], strict=True):
+        for one, other in zip(weights, ranks[0]["poisoned", case][0], strict=True):
             assert torch.equal(one, other)
 
 
@@ -198,9 +199,7 @@ def test_bad_arguments_are_named() -> None:
 def test_a_static_graph_is_refused(ranks: list[dict[Any, Any]]) -> None:
     """Torch cannot run its first evaluation within no_sync()."""
     for found in ranks:
-        assert found["static"].startswith(
-            "perturb_scope is 'local' and model has static_graph=True"
-        )
+        assert "perturb_scope is 'local' and model has static_graph=True" in found["static"]
 
 
 def test_a_scope_without_ranks_is_refused_before_the_weights_move() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +23,7 @@ from wsam_fused.parameters import check_params, check_separate
 from wsam_fused.plan import GroupRow, Slot
 from wsam_fused.precision import Precision
 from wsam_fused.random_state import Replay
+from wsam_fused.replicas import Replicas
 from wsam_fused.row import Row
 from wsam_fused.telemetry import LastStep
 from wsam_fused.tensor_lists import GroupKind, TensorLists
@@ -42,6 +44,7 @@ _OWN_ATTRIBUTES = (
     "_backend",
     "_batch_norm",
     "_replay_rng",
+    "_replicas",
 )
 
 
@@ -79,6 +82,8 @@ class MethodOptimizer(Optimizer):
         backend: str = "auto",
         model: nn.Module | None = None,
         replay_rng: bool = False,
+        perturb_scope: str = "global",
+        process_group: dist.ProcessGroup | None = None,
         **base_kwargs: Any,
     ) -> None:
         """Validate everything and take over the base optimizer's groups and state.
@@ -99,6 +104,7 @@ class MethodOptimizer(Optimizer):
         self._batch_norm = FrozenBatchNorm(model)
         self._replay_rng = bool(replay_rng)
         self._replay = Replay()
+        self._replicas = Replicas(perturb_scope, process_group, model)
         own = {**own, **geometry_of(geometry, eta, adaptive=bool(adaptive))}
         base, self._rule_class = resolve(params, base_optimizer, base_kwargs)
         self._method_keys = MethodKeys(own, self.scheduled, base.defaults)
@@ -313,7 +319,8 @@ class MethodOptimizer(Optimizer):
         rule = BaseRule.NONE if self._rule_class is None else rule_of(self._rule_class, group)
         geometry = GEOMETRIES[choice("geometry", self.own(group, "geometry"), tuple(GEOMETRIES))]
         euclidean = without_weight(group) if self._only_weights else frozenset()
-        return GroupKind(rule, geometry, self._restore == "backup", euclidean)
+        wants_backup = self._restore == "backup" or self._replicas.perturb_apart
+        return GroupKind(rule, geometry, wants_backup, euclidean)
 
     def _method_rows(self) -> list[Row]:
         return [self.row(group) for group in self.param_groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from wsam_fused.method_keys import STEP
 from wsam_fused.method_optimizer import MethodOptimizer
 from wsam_fused.microbatches import step_with_microbatches
 from wsam_fused.plan import Point
+from wsam_fused.replicas import complete_apart
 from wsam_fused.row import BASE_ROW, Row
 from wsam_fused.second_evaluation import SecondEvaluation, step_with_second_evaluation
 
@@ -105,7 +106,9 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
         plain = self.is_plain_step
         if not plain:
             self._require_replay(0, "first_step()")
-        engine = self._begin(take=zero_grad, copy=not zero_grad and not plain, scaler=scaler)
+            self._replicas.match_gradients(self)
+        self._take_scaler(scaler)
+        engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
         if plain:
             engine.reduce(0)
             self._update([BASE_ROW] * len(self.param_groups), required=0b1)
@@ -113,6 +116,7 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
         try:
             engine.reduce(0)
             engine.move_to(Point.ASCENT)
+            self._replicas.begin(self, engine)
             self._batch_norm.save()
         except BaseException:
             engine.abandon()
@@ -205,14 +209,15 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
         self._require_calls("step(closure)")
         self._require_idle("step(closure)")
         self._refuse_closure_of_scaler()
+        self._replicas.check_closure("step(closure)")
         if isinstance(closure, Sequence):
             return step_with_microbatches(self, closure, scaler)
         self._leftovers.clear(self)
         calls = (self.first_step, self.second_step, self.third_step)[: self.evaluations]
         losses: list[Any] = []
         try:
-            for call in calls:
-                with torch.enable_grad(), self._evaluation(len(losses)):
+            for number, call in enumerate(calls):
+                with torch.enable_grad(), self._evaluation(number):
                     losses.append(closure())
                 self._leftovers.check()
                 if call is calls[0]:
@@ -266,19 +271,18 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
     def _read_so_far(self) -> int:
         return 0 if self._engine is None else self._engine.read
 
-    def _evaluation(self, number: int) -> AbstractContextManager[None]:
+    def _evaluation(self, number: int) -> AbstractContextManager[object]:
         """Surround an evaluation that the step makes itself, 0 for the one at w."""
-        if not self._replay_rng:
-            return nullcontext()
-        if number == 0:
-            self._replay.forget()
-        return self._replay.evaluation(number, self._params())
+        stack = ExitStack()
+        stack.enter_context(self._replicas.evaluation(self, number))
+        if self._replay_rng:
+            if number == 0:
+                self._replay.forget()
+            stack.enter_context(self._replay.evaluation(number, self._params()))
+        return stack
 
-    def _begin(
-        self, *, take: bool, copy: bool = False, scaler: torch.amp.GradScaler | None = None
-    ) -> StepEngine:
+    def _begin(self, *, take: bool, copy: bool = False) -> StepEngine:
         """Bring the hyper-parameters up to date and read the gradients at w."""
-        self._take_scaler(scaler)
         self._method_keys.apply_schedules(self.param_groups)
         engine = self._current_engine()
         while not engine.read_first(take=take, copy=copy):
@@ -306,9 +310,12 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
         assert engine is not None  # the caller has looked
         try:
             self._batch_norm.restore()
-            engine.read_next()
-            self._note_scaled(engine)
-            self._update(self._method_rows(), required=self.required)
+            if self._replicas.perturb_apart:
+                complete_apart(self, engine)
+            else:
+                engine.read_next()
+                self._note_scaled(engine)
+                self._update(self._method_rows(), required=self.required)
         except BaseException:
             engine.abandon()
             raise

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from wsam_fused.arguments import whole_number
 from wsam_fused.autocast import forget_casts
-from wsam_fused.loss_scale import check_scaler
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 from wsam_fused.plan import Point
 from wsam_fused.row import BASE_ROW, Row
@@ -43,8 +42,6 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         """Return the coefficients: h = g2."""
         return Row(evaluations=2, h=(0.0, 1.0, 0.0))
 
-    _given_scaler: torch.amp.GradScaler | None = None
-
     def step(self, closure: Any = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
         """Perform one whole step.
 
@@ -75,7 +72,8 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
             )
         self._require_idle("step(losses_fn)")
         self._refuse_closure_of_scaler()
-        self._given_scaler = check_scaler(scaler, self)
+        self._replicas.check_closure("step(losses_fn)")
+        self._take_scaler(scaler)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
                 f"step() of {type(self).__name__} draws random numbers on the host, which every "
@@ -91,8 +89,6 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         except BaseException:
             self.restore()
             raise
-        finally:
-            self._given_scaler = None
         self.last.set_losses(loss, perturbed_loss)
         return loss
 
@@ -106,15 +102,17 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         losses = losses_with_graph(losses_fn)
         self._backward(losses.mean())
         with torch.no_grad():
-            self._begin(take=True, scaler=self._given_scaler).reduce(0)
+            self._begin(take=True).reduce(0)
             self._update([BASE_ROW] * len(self.param_groups), required=0b1)
         return losses.detach().mean()
 
     @torch.no_grad()
     def _go_to_ascent_point(self) -> None:
-        engine = self._begin(take=True, scaler=self._given_scaler)
+        self._replicas.match_gradients(self)
+        engine = self._begin(take=True)
         engine.reduce(0)
         engine.move_to(Point.ASCENT)
+        self._replicas.begin(self, engine)
         self._batch_norm.save()
 
     @torch.no_grad()
@@ -123,8 +121,7 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
     def _backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar to ``.grad``, times the loss scale if there is one."""
-        scaler = self._given_scaler
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
 
     def _seed(self) -> int:
         """Return a number for this step; those of other seeds and steps are far away."""

@@ -13,7 +13,9 @@ from wsam_fused import backends, checkpoints
 from wsam_fused.arguments import choice, number, whole_number
 from wsam_fused.base_rules import BaseRule, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
+from wsam_fused.distributed import check_distributed, local_of
 from wsam_fused.engine import StepEngine
+from wsam_fused.gathered_weights import GatheredWeights
 from wsam_fused.groups import check_values, group_row
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.method_keys import GEOMETRIES, STEP, MethodKeys, geometry_of, without_weight
@@ -95,6 +97,7 @@ class MethodOptimizer(Optimizer):
         self._captured_engines: list[StepEngine] = []
         self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows: list[GroupRow] = []
+        self._gathered = GatheredWeights()
         self._carried_counts: dict[Tensor, float] = {}
         self.last = LastStep()
         super().__init__(base.param_groups, {**base.defaults, **self._method_keys.defaults()})
@@ -149,12 +152,14 @@ class MethodOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         self._method_keys.take_schedules(group)
         self._check_values(group)
-        check_params(group["params"])
-        check_separate(param for one in self.param_groups for param in one["params"])
+        check_distributed(self.param_groups)
+        check_params(list(map(local_of, group["params"])))
+        check_separate(local_of(param) for one in self.param_groups for param in one["params"])
+        self._gathered.find(group["params"])
         if self._only_weights:
             without_weight(group)
         for param in group["params"]:
-            backends.select(self._backend, param.device, param.dtype)
+            backends.select(self._backend, local_of(param).device, param.dtype)
 
     def _check_values(self, group: dict[str, Any]) -> None:
         self._check_own(self._method_keys.values(group))
@@ -222,6 +227,7 @@ class MethodOptimizer(Optimizer):
         self._engine = None
         self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows = []
+        self.__dict__.setdefault("_gathered", GatheredWeights())
         self.last = LastStep()
         if self._base is not None:  # load_state_dict() made new groups and a new state
             self._base.param_groups = self.param_groups
@@ -274,6 +280,7 @@ class MethodOptimizer(Optimizer):
             check_all=self._check_all,
             reuse_first_gradient=not self.uses_first_gradient,
             foreign=foreign,
+            gathered=self._gathered,
         )
         if self._engine is not None:
             engine.scalars.copy_(self._engine.scalars)

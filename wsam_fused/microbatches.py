@@ -24,12 +24,14 @@ from torch import Tensor
 from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import with_the_perturbation_of
+from wsam_fused.distributed import like
 from wsam_fused.engine import StepEngine
 from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import check_not_overwritten, walkable
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
 from wsam_fused.row import BASE_ROW, Row
+from wsam_fused.sharded_gradients import local_gradient
 from wsam_fused.tensor_list import TensorList
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ class _MicrobatchStep:
             self._go_back()
             if optimizer.uses_first_gradient:
                 for tensors in self._engine.lists.lists:
-                    first.add(tensors.params, tensors.grads[0])
+                    first.add(tensors.owners, tensors.grads[0])
             else:
                 poison = _poison(self._engine, poison)
             self._engine.finish()
@@ -179,11 +181,13 @@ class _MicrobatchStep:
         """
 
         def add(param: Tensor) -> None:
-            if param.grad is not None:
-                if first is not None and param.grad.data_ptr() == first.get(param):
+            grad = local_gradient(param)
+            if grad is not None:
+                used = first is not None and grad.data_ptr() == first.get(param)
+                if used and grad.numel():
                     raise RuntimeError(_OVERWRITTEN.format(shape=tuple(param.shape)))
                 if first is None or param in first:
-                    total.add([param], [param.grad])
+                    total.add([param], [grad])
                 param.grad = None
 
         self._optimizer.zero_grad()
@@ -207,8 +211,10 @@ class _MicrobatchStep:
         return {
             param: address
             for tensors in self._engine.lists.lists
-            for param, address in zip(tensors.params, tensors.addresses[0].tolist(), strict=True)
-            if address
+            for param, address, grad in zip(
+                tensors.owners, tensors.addresses[0].tolist(), tensors.grads[0], strict=True
+            )
+            if grad is not None
         }
 
     @torch.no_grad()
@@ -231,7 +237,8 @@ class _MicrobatchStep:
         """
         optimizer = self._optimizer
         for evaluation, total in enumerate(totals):
-            with gradients_for_step(self._params, [total.pop(p, None) for p in self._params]):
+            grads = [like(param, total.pop(param, None)) for param in self._params]
+            with gradients_for_step(self._params, grads):
                 if evaluation == 0:
                     engine = optimizer._begin(take=True)
                 else:
@@ -300,7 +307,7 @@ def combine(
             keep_point=False,
             count_skipped=False,
         )
-        for i, (param, h) in enumerate(zip(tensors.params, tensors.grads[0], strict=True)):
+        for i, (param, h) in enumerate(zip(tensors.owners, tensors.grads[0], strict=True)):
             if h is not None and tensors.has_gradients(i, 0b11):
                 result[param] = h
     engine.finish()
@@ -309,7 +316,7 @@ def combine(
 
 def _bind_sums(engine: StepEngine, tensors: TensorList, total: Mapping[Tensor, Tensor]) -> None:
     """Put sums in the place of g3."""
-    sums = [total.get(param) for param in tensors.params]
+    sums = [total.get(param) for param in tensors.owners]
     kept = addresses_of(sums)
     for addresses in tensors.addresses:
         check_not_overwritten(tensors.params, kept, addresses, _OVERWRITTEN)
@@ -330,7 +337,7 @@ class GradientSum:
         share: The factor.
 
     Attributes:
-        values: The sums so far.
+        values: The sums so far; of DTensors, a rank's own part.
     """
 
     def __init__(self, kept: KeptSums, share: float) -> None:

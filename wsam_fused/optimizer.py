@@ -62,12 +62,11 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self._require_idle("first_step()")
         plain = self.is_plain_step
         engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
-        if plain:
-            engine.reduce(0)
-            self._update([BASE_ROW] * len(self.param_groups), required=0b1)
-            return
         try:
             engine.reduce(0)
+            if plain:
+                self._update([BASE_ROW] * len(self.param_groups), required=0b1)
+                return
             engine.move_to(Point.ASCENT)
             self._batch_norm.save()
         except BaseException:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from wsam_fused.backups import Backups
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.distributed import Sharding, distributed_like, local_of
 from wsam_fused.gradients import GradientReader
 from wsam_fused.kept_memory import keeps_scratch
 from wsam_fused.plan import FLAGS, Geometry, PointerTable
+from wsam_fused.sharded_gradients import ShardedGradientReader
 from wsam_fused.shared_scalars import SharedScalars
 
 # Parameters of these have float32 states, and w of them is restored from a copy: recomputing it
@@ -29,6 +31,7 @@ class ListKey(NamedTuple):
     rule: BaseRule
     geometry: Geometry
     has_backup: bool
+    sharding: Sharding | None = None
 
 
 @dataclass
@@ -37,13 +40,14 @@ class TensorList:
 
     Attributes:
         key: What they have in common.
-        params: The parameters.
+        params: The parameters; of DTensors, the local tensors.
         groups: Parameter group of each.
         keys: Which parameter of the optimizer each is.
         shared: The scalars of their device.
         states: A list of tensors per state key of the base rule, float32 or wider.
         steps: float32 ``[n]``, updates each parameter has had.
         grad_dtypes: Dtypes of gradients, besides the parameters' own, that the backend reads.
+        owners: What the optimizer and autograd know: ``params``, or the DTensors they are of.
         flags: float64; the first says at which point the list is.
         grads: g1, g2, g3, all of ``grad_dtype``; an empty list where not evaluated, None for a
             missing gradient.
@@ -62,6 +66,7 @@ class TensorList:
     states: list[list[Tensor]]
     steps: Tensor
     grad_dtypes: tuple[torch.dtype, ...] = ()
+    owners: list[Tensor] = field(default_factory=list)
     flags: Tensor = field(init=False)
     grads: list[list[Tensor | None]] = field(init=False)
     grad_dtype: torch.dtype = field(init=False)
@@ -71,7 +76,12 @@ class TensorList:
     _block: Tensor | None = None  # of the backups
 
     def __post_init__(self) -> None:
-        self.reader = GradientReader(self.params, self.grad_dtypes)
+        self.owners = self.owners or self.params
+        self.reader = (
+            GradientReader(self.params, self.grad_dtypes)
+            if self.key.sharding is None
+            else ShardedGradientReader(self.owners, self.params, self.grad_dtypes)
+        )
         self.grads = [[], [], []]
         self.grad_dtype = self.key.dtype
         self.flags = torch.zeros(FLAGS, dtype=torch.float64, device=self.key.device)
@@ -116,18 +126,20 @@ def state_dtype(param: Tensor) -> torch.dtype:
 def state_tensor(param: Tensor, loaded: object, name: str) -> Tensor:
     """Return the state tensor of ``param``: what was loaded, in the parameter's layout, or zeros.
 
+    Of a DTensor, it is the state of its local tensor.
+
     Raises:
         ValueError: The loaded tensor has another shape.
     """
-    dtype = state_dtype(param)
+    dtype, local = state_dtype(param), local_of(param)
     if loaded is None:
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return torch.zeros_like(local, dtype=dtype, memory_format=torch.preserve_format)
     if not isinstance(loaded, Tensor) or loaded.shape != param.shape:
         found = tuple(loaded.shape) if isinstance(loaded, Tensor) else type(loaded).__name__
         raise ValueError(
             f"state {name!r} is {found}, expected a tensor of shape {tuple(param.shape)}"
         )
-    return laid_out_like(param, loaded, dtype)
+    return laid_out_like(local, distributed_like(param, loaded), dtype)
 
 
 def laid_out_like(param: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,7 +35,7 @@ def run_on_ranks(
         if time.monotonic() > end:
             for process in context.processes:
                 process.kill()
-            raise TimeoutError(f"{worker.__name__} on {world} ranks took over {seconds} seconds")
+            raise TimeoutError(f"{worker} on {world} ranks took over {seconds} seconds")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

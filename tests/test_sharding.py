@@ -52,9 +52,7 @@ def run(way: str, method: str, base: str, parts: int) -> dict[str, Any]:
     model, x, y = problem()
     WAYS[way].shard(model)
     optimizer = METHODS[method](model.parameters(), ALL_BASES[base])
-    train(
-        model, optimizer, WAYS[way].share(x, parts), WAYS[way].share(y, parts), parts=parts
-    )
+    train(model, optimizer, WAYS[way].share(x, parts), WAYS[way].share(y, parts), parts=parts)
     return summary(model, optimizer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,18 +14,27 @@ from wsam_fused import backends, checkpoints
 from wsam_fused.arguments import choice, number, whole_number
 from wsam_fused.base_rules import BaseRule, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
+from wsam_fused.checkpoint_checks import check_fits, check_states
 from wsam_fused.distributed import check_distributed, local_of
 from wsam_fused.engine import StepEngine
 from wsam_fused.gathered_weights import GatheredWeights
 from wsam_fused.groups import check_values, group_row
 from wsam_fused.kept_memory import KeptSums
-from wsam_fused.method_keys import GEOMETRIES, STEP, MethodKeys, geometry_of, without_weight
+from wsam_fused.method_keys import (
+    GEOMETRIES,
+    METHOD,
+    STEP,
+    MethodKeys,
+    geometry_of,
+    without_weight,
+)
 from wsam_fused.model_state import FrozenBatchNorm
 from wsam_fused.parameters import check_params, check_separate
 from wsam_fused.plan import GroupRow, Slot
 from wsam_fused.row import Row
 from wsam_fused.telemetry import LastStep
 from wsam_fused.tensor_lists import GroupKind, TensorLists
+from wsam_fused.zero_redundancy import check_not_inside, is_zero_redundancy
 
 # What __getstate__ of torch.optim.Optimizer leaves out, and a copy of this optimizer needs.
 _OWN_ATTRIBUTES = (
@@ -79,6 +89,7 @@ class MethodOptimizer(Optimizer):
         ``own`` has the values of the method's group keys; for the other arguments see
         :mod:`wsam_fused.documentation`, whose text the methods show.
         """
+        check_not_inside(type(self).__name__)
         self._max_norm = -1.0
         if max_grad_norm is not None:
             self._max_norm = number("max_grad_norm", max_grad_norm, 0.0, low_included=False)
@@ -100,7 +111,8 @@ class MethodOptimizer(Optimizer):
         self._gathered = GatheredWeights()
         self._carried_counts: dict[Tensor, float] = {}
         self.last = LastStep()
-        super().__init__(base.param_groups, {**base.defaults, **self._method_keys.defaults()})
+        defaults = {**self._method_keys.defaults(), METHOD: self._method_name()}
+        super().__init__(base.param_groups, {**base.defaults, **defaults})
         self._adopt(base)
 
     def _adopt(self, base: Optimizer) -> None:
@@ -191,10 +203,11 @@ class MethodOptimizer(Optimizer):
             RuntimeError: The weights are perturbed.
         """
         self._require_idle("state_dict()")
+        if is_zero_redundancy(self._base):  # its state is on all ranks; consolidate_state_dict()
+            return self._base.state_dict()
         packed = super().state_dict()
         if self._rule_class is not None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            checkpoints.without_unused_buffers(packed, params, self._step_counts())
+            checkpoints.without_unused_buffers(packed, self.param_groups, self._step_counts())
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -205,10 +218,18 @@ class MethodOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The weights are perturbed.
-            ValueError: Groups or shapes do not match.
+            ValueError: It is of another method or base optimizer, or groups, shapes or dtypes do
+                not match; nothing has changed then.
         """
         self._require_idle("load_state_dict()")
+        check_fits(state_dict, self, self._base)
         state_dict = checkpoints.with_missing_keys(state_dict, self.param_groups)
+        if self._rule_class is not None:
+            check_states(state_dict, self.param_groups, partial(rule_of, self._rule_class))
+        if is_zero_redundancy(self._base):
+            self._base.load_state_dict({**state_dict, "state": dict(state_dict["state"])})
+            self.__setstate__({"state": self._base.state, "param_groups": self._base.param_groups})
+            return
         super().load_state_dict(state_dict)
         if self._rule_class is not None:
             checkpoints.keep_wide_states(self, state_dict)
@@ -233,7 +254,31 @@ class MethodOptimizer(Optimizer):
             self._base.param_groups = self.param_groups
             self._base.state = self.state
 
+    def _create_state(self) -> bool:
+        """Create the whole state, if that is what a step without closure is for.
+
+        ``torch.distributed.checkpoint`` wants a state to load into and makes an optimizer that has
+        none step with gradients of 0 and a learning rate of 0.
+
+        Returns:
+            Whether it is that.
+        """
+        if not checkpoints.is_request_for_state(self.param_groups, self.state):
+            return False
+        if self._rule_class is None:
+            self._base.step()
+            return True
+        for tensors in self._current_engine().lists.lists:
+            if tensors.key.rule == BaseRule.MOMENTUM:  # it counts as used, as in torch
+                tensors.steps.fill_(1.0)
+        return True
+
     # ---- private -----------------------------------------------------------------------------
+
+    @classmethod
+    def _method_name(cls) -> str:
+        """Name of the method in checkpoints; a user's subclass has that of its base."""
+        return next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("wsam_fused."))
 
     def _steps(self) -> int:
         """How many steps have been made."""

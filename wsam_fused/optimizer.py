@@ -131,6 +131,9 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 have followed the last call. The closures of a list must not use gradients after
                 ``backward``: those of a perturbed evaluation are added up within it.
 
+                Without one, and with learning rates and gradients of 0, the state is created if
+                there is none, which ``torch.distributed.checkpoint`` asks for.
+
         Returns:
             The closure's loss at the unperturbed weights, for a list their mean; None without.
 
@@ -233,6 +236,8 @@ class SharpnessAwareOptimizer(MethodOptimizer):
     def _complete_pending(self) -> None:
         """Complete the step in progress with the gradients that the last backward gave."""
         if not self.is_perturbed:
+            if self._create_state():
+                return
             raise RuntimeError(
                 "step() without a closure completes a step that first_step() began, but nothing is "
                 "pending; call step(closure), or first_step() and backward() before"

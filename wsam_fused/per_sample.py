@@ -61,6 +61,8 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
         If it raises, the weights are restored and the state is untouched.
         """
+        if closure is None and not self.is_perturbed and self._create_state():
+            return None  # see SharpnessAwareOptimizer.step
         if not callable(closure):
             name = type(self).__name__
             raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,23 +13,46 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A process that waits for another one gives up after this, and so does the test soon after.
-COLLECTIVE_SECONDS = 20
+# One process imports these, which takes longer than most tests, and the others are forks of it.
+_PRELOADED = [
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "wsam_fused",
+]
 Case = Callable[[], Any]
 
 
 def run_on_ranks(
-    worker: Callable[..., Any], world: int, folder: Path, *args: Any, seconds: float = 120
+    worker: Callable[..., Any],
+    world: int,
+    folder: Path,
+    *args: Any,
+    seconds: float = 120,
+    collective_seconds: float = 20,
 ) -> list[Any]:
     """Return what ``worker(*args)`` returns on every rank.
+
+    Args:
+        worker: A function of a module.
+        world: How many ranks.
+        folder: For their files.
+        args: Of the worker.
+        seconds: How long they may take in all.
+        collective_seconds: How long one of them waits for another one.
 
     Raises:
         Exception: What a worker raised (``ProcessRaisedException``).
         TimeoutError: They take longer than ``seconds``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = torch.multiprocessing.spawn(
-        _work, args=(world, str(folder), worker, args), nprocs=world, join=False
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    context = torch.multiprocessing.start_processes(
+        _work,
+        args=(world, str(folder), collective_seconds, worker, args),
+        nprocs=world,
+        join=False,
+        start_method="forkserver",
     )
     end = time.monotonic() + seconds
     while not context.join(timeout=1):
@@ -39,14 +63,16 @@ def run_on_ranks(
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _work(rank: int, world: int, folder: str, worker: Callable[..., Any], args: Any) -> None:
+def _work(
+    rank: int, world: int, folder: str, seconds: float, worker: Callable[..., Any], args: Any
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
+        timeout=datetime.timedelta(seconds=seconds),
     )
     try:
         torch.save(worker(*args), Path(folder) / f"{rank}.pt")

@@ -129,9 +129,9 @@ def check_distributed(groups: Sequence[Mapping[str, Any]]) -> None:
     """Validate how the parameters of an optimizer are distributed.
 
     Raises:
-        ValueError: Some are DTensors and others are not, or the ranks of one have not all the
-            others.
-        TypeError: A parameter is a sum that has not been formed (a ``Partial`` placement).
+        ValueError: Some are DTensors and others are not, or they are on different ranks.
+        TypeError: A parameter is a sum that has not been formed (a ``Partial`` placement), or a
+            part of one that does not say so (FSDP1).
     """
     if sys.modules.get(_MODULE) is None:
         return
@@ -140,6 +140,13 @@ def check_distributed(groups: Sequence[Mapping[str, Any]]) -> None:
         for number, group in enumerate(groups)
         for position, param in enumerate(group["params"])
     ]
+    for name, param in named:
+        if getattr(param, "_fsdp_flattened", False):
+            raise TypeError(
+                f"params has a parameter of FullyShardedDataParallel (FSDP1): {name}; expected "
+                "DTensors, as torch.distributed.fsdp.fully_shard (FSDP2) makes them. FSDP1's do "
+                "not say which part a rank has, and norms would be those of the part"
+            )
     sharded = [(name, param) for name, param in named if is_dtensor(param)]
     if not sharded:
         return

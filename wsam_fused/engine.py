@@ -360,8 +360,8 @@ class StepEngine:
             if self.at != Point.WEIGHTS:
                 self.return_to_weights()
         finally:
-            self._gathered.forget_failed()
             self.finish()
+            self._gathered.forget_failed()
 
     def finish(self) -> None:
         """Forget the gradients and the copies of a step."""

@@ -241,7 +241,7 @@ def fsdp1() -> str:
 
 
 def collectives(method: str, placements: Any, shape: tuple[int, ...]) -> int:
-    """Count the sums over ranks in a step with gradients on one rank only."""
+    """Count the sums over ranks in a step with gradients on one rank only, if it is split."""
     on = init_device_mesh("cpu", shape)
     params = [
         nn.Parameter(distribute_tensor(value, on, each))
@@ -257,7 +257,7 @@ def collectives(method: str, placements: Any, shape: tuple[int, ...]) -> int:
         return all_reduce(*args, **kwargs)
 
     def give_on_one_rank(seed: int) -> None:
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 or placements == [REPLICATED]:
             for param in params:
                 param.grad = torch.ones_like(param)
 
@@ -269,10 +269,8 @@ def collectives(method: str, placements: Any, shape: tuple[int, ...]) -> int:
     return len(counted)
 
 
-WRONG = {
-    case.__name__: case
-    for case in (no_gradient_anywhere, mixed, other_ranks, a_sum_as_parameter, fsdp1)
-}
+_WRONG = (no_gradient_anywhere, mixed, other_ranks, a_sum_as_parameter, fsdp1)
+WRONG = {case.__name__: case for case in _WRONG}
 WHOLE = {
     case.__name__: case for case in (partial_gradients, memory_is_exchanged, gradients_are_kept)
 }

@@ -136,6 +136,18 @@ def refused() -> str:
     return str(raised.value)
 
 
+def of_another_method(folder: str) -> str:
+    """A checkpoint of WSAM for SAM, through the file system."""
+    saved = Run("fsdp", "wsam", "adamw")
+    saved.train()
+    dcp.save(saved.state(), checkpoint_id=f"{folder}/other-method")
+    with pytest.raises(
+        ValueError, match="the checkpoint is of WSAM, expected one of SAM"
+    ) as raised:
+        Run("fsdp", "sam", "adamw").load(f"{folder}/other-method")
+    return str(raised.value)
+
+
 def per_sample_method_creates_state() -> int:
     model, _, _ = problem()
     WAYS["fsdp"].shard(model)
@@ -155,6 +167,7 @@ def worker(folder: str, leg: int) -> dict[str, Any]:
     if leg == 0:
         cases.update({str(case): functools.partial(creates_state, *case) for case in CREATED})
         cases.update({case.__name__: case for case in OTHERS})
+        cases["of_another_method"] = functools.partial(of_another_method, folder)
     return results_of(cases)
 
 
@@ -210,8 +223,9 @@ def test_a_whole_state_is_sharded_when_it_is_loaded(case: str, legs: list[Any]) 
         compare(found, expected("wsam", "adamw", 2 * STEPS), case)
 
 
-def test_a_checkpoint_of_another_base_is_refused_unchanged(legs: list[Any]) -> None:
-    assert all(result(legs[0], "refused"))
+@pytest.mark.parametrize("case", ["refused", "of_another_method"])
+def test_a_checkpoint_of_another_optimizer_is_refused(case: str, legs: list[Any]) -> None:
+    assert all(result(legs[0], case))
 
 
 def test_per_sample_methods_create_their_state_too(legs: list[Any]) -> None:

@@ -131,7 +131,7 @@ def check_distributed(groups: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: Some are DTensors and others are not, or they are on different ranks.
         TypeError: A parameter is a sum that has not been formed (a ``Partial`` placement), or a
-            part of one that does not say so (FSDP1).
+            part of one that does not say so (FSDP1), or its parts are no plain tensors.
     """
     if sys.modules.get(_MODULE) is None:
         return
@@ -152,14 +152,21 @@ def check_distributed(groups: Sequence[Mapping[str, Any]]) -> None:
         return
     _check_all_dtensors(named, len(sharded))
     first_name, first = sharded[0]
-    expected = _home(first)
+    homes = {param.device_mesh: _home(param) for _, param in sharded}
+    expected = homes[first.device_mesh]
     for name, param in sharded:
+        kind = type(local_of(param))
+        if kind not in (Tensor, torch.nn.Parameter):
+            raise TypeError(
+                f"params has a DTensor of {kind.__name__}: {name}; expected plain tensors as its "
+                "parts, whose memory is their values"
+            )
         if any(placement.is_partial() for placement in param.placements):
             raise TypeError(
                 f"params has a DTensor with the placements {param.placements}: {name}; expected "
                 "Shard or Replicate on every mesh dimension"
             )
-        if _home(param) != expected:
+        if homes[param.device_mesh] != expected:
             raise ValueError(
                 f"params has DTensors of different meshes: {first_name} is on {first.device_mesh}, "
                 f"{name} on {param.device_mesh}; expected meshes over the same ranks and type of "

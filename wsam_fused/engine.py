@@ -356,12 +356,14 @@ class StepEngine:
 
     def abandon(self) -> None:
         """Put the weights back if they are somewhere else, and forget the step."""
+        failed = self.pending
         try:
             if self.at != Point.WEIGHTS:
                 self.return_to_weights()
         finally:
             self.finish()
-            self._gathered.forget_failed()
+            if failed:
+                self._gathered.forget_failed()
 
     def finish(self) -> None:
         """Forget the gradients and the copies of a step."""

@@ -25,7 +25,7 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
     All random choices of a step follow from the seed and the number of the step, so that a
     checkpoint goes on with those that an uninterrupted run would have made. With sharded parameters
-    every rank looks at the samples of its own batch; choices of tensors are the same everywhere, and
+    every rank looks at the samples of its own batch; choices of tensors are the same everywhere;
     noise differs from part to part of a parameter, so that it depends on how they are sharded.
     """
 

@@ -225,6 +225,17 @@ def a_sum_as_parameter() -> str:
     return str(raised.value)
 
 
+class Odd(Tensor):
+    """A tensor that may keep its values anywhere."""
+
+
+def parts_of_another_class() -> str:
+    part = DTensor.from_local(torch.zeros(2).as_subclass(Odd), mesh(), SHARDED)
+    with pytest.raises(TypeError, match="a DTensor of Odd") as raised:
+        SAM([nn.Parameter(part)], BASES["sgd"])
+    return str(raised.value)
+
+
 def fsdp1() -> str:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -269,8 +280,8 @@ def collectives(method: str, placements: Any, shape: tuple[int, ...]) -> int:
     return len(counted)
 
 
-_WRONG = (no_gradient_anywhere, mixed, other_ranks, a_sum_as_parameter, fsdp1)
-WRONG = {case.__name__: case for case in _WRONG}
+_REFUSED = (mixed, other_ranks, a_sum_as_parameter, parts_of_another_class, fsdp1)
+WRONG = {case.__name__: case for case in (no_gradient_anywhere, *_REFUSED)}
 WHOLE = {
     case.__name__: case for case in (partial_gradients, memory_is_exchanged, gradients_are_kept)
 }

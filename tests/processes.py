@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -91,7 +92,7 @@ def results_of(cases: Mapping[str, Case]) -> dict[str, Any]:
         torch.manual_seed(0)
         try:
             found[name] = case()
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             found[name] = Failure(traceback.format_exc())
     return found
 

@@ -8,6 +8,10 @@ from typing import TypeVar
 COMMON_ARGUMENTS = """\
 params: Parameters, named parameters or parameter groups, as ``torch.optim`` takes them. A group
             may have its own values of the method's hyper-parameters and of the base optimizer's.
+            DTensors (``fully_shard``, tensor parallelism) are stepped by the parts that a rank has,
+            with norms over all ranks; then all parameters have to be DTensors. Weights that FSDP2
+            keeps gathered are gathered again after each move, if the optimizer is built from the
+            sharded module's parameters.
         base_optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW`` (fused update), any other
             ``torch.optim.Optimizer`` class whose ``step()`` needs no closure (stepped as it is), a
             ``functools.partial`` of a class, or an instance over the same parameters, whose groups

@@ -14,21 +14,17 @@ from wsam_fused.autocast import forget_casts
 from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import derived, with_the_perturbation_of
+from wsam_fused.distributed import like
 from wsam_fused.foreign import gradients_for_step
+from wsam_fused.gathered_weights import GatheredWeights
 from wsam_fused.gradients import Gradients, check_not_overwritten, walkable
 from wsam_fused.plan import INVERSE_SCALES, GroupRow, Point, Slot, addresses_of
+from wsam_fused.reductions import SLOTS, reduce
 from wsam_fused.row import Row
 from wsam_fused.storage import follow_storage
 from wsam_fused.tensor_list import TensorList
 from wsam_fused.tensor_lists import TensorLists
 
-# Which slots one reduction gives, by evaluation.
-_SLOTS = (
-    slice(Slot.METRIC_SQ, Slot.GRAD1_SQ + 1),
-    slice(Slot.GRAD2_SQ, Slot.GRAD2_SQ + 1),
-    slice(Slot.GRAD3_SQ, Slot.GRAD3_SQ + 1),
-)
-_DOT = slice(Slot.DOT12, Slot.DOT12 + 1)
 _OVERWRITTEN = (
     "the second gradient of a parameter of shape {shape} was written over the first one, into "
     "memory that is kept for it (by a CUDA graph, say); the weights cannot be restored exactly. "
@@ -44,6 +40,7 @@ class StepEngine:
         check_all: Form the norm of every gradient, and skip a step in which one is not finite.
         reuse_first_gradient: Whether a backup of w may take the memory of g1.
         foreign: The base optimizer to be stepped where there is no fused update.
+        gathered: What modules have gathered of sharded parameters.
 
     Attributes:
         lists: The parameters.
@@ -64,6 +61,7 @@ class StepEngine:
         check_all: bool,
         reuse_first_gradient: bool,
         foreign: Optimizer | None,
+        gathered: GatheredWeights,
     ) -> None:
         self.lists = lists
         self.at = Point.WEIGHTS
@@ -75,6 +73,8 @@ class StepEngine:
         self.checks_this_step = False
         self._reuse_first_gradient = reuse_first_gradient
         self.foreign = foreign
+        self._gathered = gathered
+        self._has_gradients = True
 
     @property
     def pending(self) -> bool:
@@ -100,7 +100,8 @@ class StepEngine:
             were made; nothing has been taken then.
 
         Raises:
-            RuntimeError: No parameter has a gradient.
+            RuntimeError: No parameter has a gradient. Of sharded parameters another rank may have
+                some, which is known after :meth:`reduce`.
             TypeError: A gradient is sparse or complex.
         """
         taken: list[tuple[TensorList, Gradients]] = []
@@ -110,11 +111,10 @@ class StepEngine:
                 writes = self._writes_first_gradients(tensors)
                 gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
                 taken.append((tensors, gradients))
-            if all(grad is None for _, gradients in taken for grad in gradients.tensors):
-                count = sum(len(tensors.params) for tensors in self.lists.lists)
-                raise RuntimeError(
-                    f"none of the {count} parameters has a gradient; call backward() before"
-                )
+            grads = (grad for _, gradients in taken for grad in gradients.tensors)
+            self._has_gradients = any(grad is not None for grad in grads)
+            if not self._has_gradients and self.lists.over_ranks is None:
+                raise self._no_gradient()
         except BaseException:
             _give_back(taken)
             raise
@@ -127,6 +127,12 @@ class StepEngine:
             self._bind(tensors, 0, gradients)
         self.read = 1
         return True
+
+    def _no_gradient(self) -> RuntimeError:
+        count = sum(len(tensors.params) for tensors in self.lists.lists)
+        return RuntimeError(
+            f"none of the {count} parameters has a gradient; call backward() before"
+        )
 
     def read_next(self, *, take: bool = False, copy: bool = False) -> None:
         """Take over the gradients at the point where the parameters are.
@@ -186,7 +192,7 @@ class StepEngine:
 
     def found_inf(self) -> Tensor:
         """Whether a norm that is known is not finite: a float32 scalar, 1 if so, else 0."""
-        slots = [self.scalars[_SLOTS[evaluation]] for evaluation in sorted(self.known)]
+        slots = [self.scalars[SLOTS[evaluation]] for evaluation in sorted(self.known)]
         return (~torch.isfinite(torch.cat(slots))).any().to(torch.float32)
 
     def _bind(self, tensors: TensorList, evaluation: int, gradients: Gradients) -> None:
@@ -219,20 +225,17 @@ class StepEngine:
     # ---- the operations ----------------------------------------------------------------------
 
     def reduce(self, evaluation: int, *, with_first: bool = False) -> None:
-        """Form the norm of the gradients of one evaluation, and their dot product with g1."""
-        begun = set()
-        for tensors, backend in self.lists:
-            backend.reduce(
-                tensors,
-                evaluation,
-                with_first=with_first,
-                accumulate=tensors.key.device in begun,
-            )
-            begun.add(tensors.key.device)
-        self.lists.sum_over_devices(_SLOTS[evaluation])
-        if with_first:
-            self.lists.sum_over_devices(_DOT)
-            self.knows_dot = True
+        """Form the norm of the gradients of one evaluation, and their dot product with g1.
+
+        Raises:
+            RuntimeError: No parameter has a gradient at w on any rank.
+        """
+        has_gradients = self._has_gradients
+        exist = reduce(self.lists, evaluation, with_first=with_first, has_gradients=has_gradients)
+        # Only a rank without gradients has to know, and waits, whether others have some.
+        if exist is not None and evaluation == 0 and not has_gradients and not bool(exist):
+            raise self._no_gradient()
+        self.knows_dot = self.knows_dot or with_first
         self.known.add(evaluation)
 
     def move_to(self, target: Point) -> None:
@@ -254,7 +257,7 @@ class StepEngine:
         if target == Point.WEIGHTS:
             for tensors in self.lists.lists:
                 tensors.drop_backups()
-        forget_casts()
+        self._forget_copies()
 
     def return_to_weights(self) -> None:
         """Move the parameters back to w, wherever their memory is by now."""
@@ -268,6 +271,8 @@ class StepEngine:
         """Let autograd know that what it saved of the parameters is about to be outdated."""
         for tensors in self.lists.lists:
             increment_version(tensors.params)
+            if tensors.key.sharding is not None:
+                increment_version(tensors.owners)
 
     def probe(self, seed: int) -> None:
         """Move the parameters along noise, without a gradient.
@@ -362,15 +367,15 @@ class StepEngine:
         required: int,
     ) -> None:
         """Step the base optimizer with h, then subtract lr * d; the rule `none` left h and d."""
-        params = [param for tensors in self.lists.lists for param in tensors.params]
+        params = [param for tensors in self.lists.lists for param in tensors.owners]
         h = [
-            _first_of(tensors, i) if tensors.has_gradients(i, required) else None
+            like(param, _first_of(tensors, i)) if tensors.has_gradients(i, required) else None
             for tensors in self.lists.lists
-            for i in range(len(tensors.params))
+            for i, param in enumerate(tensors.owners)
         ]
         with gradients_for_step(params, h):
             # The one place that waits for the device: a foreign step cannot be skipped on it.
-            slots = [self.scalars[_SLOTS[evaluation]] for evaluation in self.known]
+            slots = [self.scalars[SLOTS[evaluation]] for evaluation in self.known]
             if self._is_scaled:
                 slots.append(1.0 / (1.0 - self.scalars[Slot.FOUND_INF :][:1].clamp(max=1.0)))
             if slots and not bool(torch.isfinite(torch.cat(slots)).all()):
@@ -398,20 +403,28 @@ class StepEngine:
 
     def abandon(self) -> None:
         """Put the weights back if they are somewhere else, and forget the step."""
+        failed = self.pending
         try:
             if self.at != Point.WEIGHTS:
                 self.return_to_weights()
         finally:
             self.finish()
+            if failed:
+                self._gathered.forget_failed()
 
     def finish(self) -> None:
         """Forget the gradients and the copies of a step."""
-        forget_casts()
+        self._forget_copies()
         self.at = Point.WEIGHTS
         self.read = 0
         self.checks_this_step = False
         for tensors in self.lists.lists:
             tensors.release()
+
+    def _forget_copies(self) -> None:
+        """Let others forget what they have made of the weights, which are elsewhere now."""
+        forget_casts()
+        self._gathered.forget()
 
     def _follow_storage(self, tensors: TensorList, *, same_layout: bool) -> None:
         stale = self.lists.stale or tensors.reader.layouts() != tensors.reader.noted_layouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,20 @@ from wsam_fused import backends, checkpoints
 from wsam_fused.arguments import choice, number, whole_number
 from wsam_fused.base_rules import BaseRule, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
+from wsam_fused.checkpoint_checks import check_fits, check_states
+from wsam_fused.distributed import check_distributed, local_of
 from wsam_fused.engine import StepEngine
+from wsam_fused.gathered_weights import GatheredWeights
 from wsam_fused.groups import check_values, group_row
 from wsam_fused.kept_memory import KeptSums
-from wsam_fused.method_keys import GEOMETRIES, STEP, MethodKeys, geometry_of, without_weight
+from wsam_fused.method_keys import (
+    GEOMETRIES,
+    METHOD,
+    STEP,
+    MethodKeys,
+    geometry_of,
+    without_weight,
+)
 from wsam_fused.model_state import FrozenBatchNorm
 from wsam_fused.parameters import check_params, check_separate
 from wsam_fused.plan import GroupRow, Slot
@@ -28,6 +39,7 @@ from wsam_fused.row import Row
 from wsam_fused.telemetry import LastStep
 from wsam_fused.tensor_lists import GroupKind, TensorLists
 from wsam_fused.tracing import keep_untraced
+from wsam_fused.zero_redundancy import check_not_inside, is_zero_redundancy
 
 # What __getstate__ of torch.optim.Optimizer leaves out, and a copy of this optimizer needs.
 _OWN_ATTRIBUTES = (
@@ -91,6 +103,7 @@ class MethodOptimizer(Optimizer):
         ``own`` has the values of the method's group keys; for the other arguments see
         :mod:`wsam_fused.documentation`, whose text the methods show.
         """
+        check_not_inside(type(self).__name__)
         self._max_norm = -1.0
         if max_grad_norm is not None:
             self._max_norm = number("max_grad_norm", max_grad_norm, 0.0, low_included=False)
@@ -113,9 +126,11 @@ class MethodOptimizer(Optimizer):
         self._captured_engines: list[StepEngine] = []
         self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows: list[GroupRow] = []
+        self._gathered = GatheredWeights()
         self._carried_counts: dict[Tensor, float] = {}
         self.last = LastStep()
-        super().__init__(base.param_groups, {**base.defaults, **self._method_keys.defaults()})
+        defaults = {**self._method_keys.defaults(), METHOD: self._method_name()}
+        super().__init__(base.param_groups, {**base.defaults, **defaults})
         keep_untraced(type(self))
         self._adopt(base)
 
@@ -168,12 +183,15 @@ class MethodOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         self._method_keys.take_schedules(group)
         self._check_values(group)
-        check_params(group["params"])
-        check_separate(param for one in self.param_groups for param in one["params"])
+        check_distributed(self.param_groups)
+        self._replicas.check_params(group["params"])
+        check_params(list(map(local_of, group["params"])))
+        check_separate(local_of(param) for one in self.param_groups for param in one["params"])
+        self._gathered.find(group["params"])
         if self._only_weights:
             without_weight(group)
         for param in group["params"]:
-            backends.select(self._backend, param.device, param.dtype)
+            backends.select(self._backend, local_of(param).device, param.dtype)
             self._precision.check(param, has_fused_update=self._rule_class is not None)
 
     def _check_values(self, group: dict[str, Any]) -> None:
@@ -206,10 +224,11 @@ class MethodOptimizer(Optimizer):
             RuntimeError: The weights are perturbed.
         """
         self._require_idle("state_dict()")
+        if is_zero_redundancy(self._base):  # its state is on all ranks; consolidate_state_dict()
+            return self._base.state_dict()
         packed = super().state_dict()
         if self._rule_class is not None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            checkpoints.without_unused_buffers(packed, params, self._step_counts())
+            checkpoints.without_unused_buffers(packed, self.param_groups, self._step_counts())
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -220,10 +239,18 @@ class MethodOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The weights are perturbed.
-            ValueError: Groups or shapes do not match.
+            ValueError: It is of another method or base optimizer, or groups, shapes or dtypes do
+                not match; nothing has changed then.
         """
         self._require_idle("load_state_dict()")
+        check_fits(state_dict, self, self._base)
         state_dict = checkpoints.with_missing_keys(state_dict, self.param_groups)
+        if self._rule_class is not None:
+            check_states(state_dict, self.param_groups, partial(rule_of, self._rule_class))
+        if is_zero_redundancy(self._base):
+            self._base.load_state_dict({**state_dict, "state": dict(state_dict["state"])})
+            self.__setstate__({"state": self._base.state, "param_groups": self._base.param_groups})
+            return
         super().load_state_dict(state_dict)
         if self._rule_class is not None:
             checkpoints.keep_wide_states(self, state_dict, self._precision)
@@ -244,12 +271,37 @@ class MethodOptimizer(Optimizer):
         self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows = []
         self._replay = Replay()
+        self.__dict__.setdefault("_gathered", GatheredWeights())
         self.last = LastStep()
         if self._base is not None:  # load_state_dict() made new groups and a new state
             self._base.param_groups = self.param_groups
             self._base.state = self.state
 
+    def _create_state(self) -> bool:
+        """Create the whole state, if that is what a step without closure is for.
+
+        ``torch.distributed.checkpoint`` wants a state to load into and makes an optimizer that has
+        none step with gradients of 0 and a learning rate of 0.
+
+        Returns:
+            Whether it is that.
+        """
+        if not checkpoints.is_request_for_state(self.param_groups, self.state):
+            return False
+        if self._rule_class is None:
+            self._base.step()
+            return True
+        for tensors in self._current_engine().lists.lists:
+            if tensors.key.rule == BaseRule.MOMENTUM:  # it counts as used, as in torch
+                tensors.steps.fill_(1.0)
+        return True
+
     # ---- private -----------------------------------------------------------------------------
+
+    @classmethod
+    def _method_name(cls) -> str:
+        """Name of the method in checkpoints; a user's subclass has that of its base."""
+        return next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("wsam_fused."))
 
     def _steps(self) -> int:
         """How many steps have been made."""
@@ -297,6 +349,7 @@ class MethodOptimizer(Optimizer):
             check_all=self._check_all,
             reuse_first_gradient=not self.uses_first_gradient,
             foreign=foreign,
+            gathered=self._gathered,
         )
         if self._engine is not None:
             engine.scalars.copy_(self._engine.scalars)

@@ -25,12 +25,14 @@ from wsam_fused.averages import is_distributed
 from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import with_the_perturbation_of
+from wsam_fused.distributed import like
 from wsam_fused.engine import StepEngine
 from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import check_not_overwritten, walkable
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
 from wsam_fused.row import BASE_ROW, Row
+from wsam_fused.sharded_gradients import local_gradient
 from wsam_fused.tensor_list import TensorList
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ class _MicrobatchStep:
             self._go_back()
             if optimizer.uses_first_gradient:
                 for tensors in self._engine.lists.lists:
-                    first.add(tensors.params, tensors.grads[0])
+                    first.add(tensors.owners, tensors.grads[0])
             else:
                 poison = poison_of(self._engine, poison)
             self._engine.finish()
@@ -187,11 +189,13 @@ class _MicrobatchStep:
         """
 
         def add(param: Tensor) -> None:
-            if param.grad is not None:
-                if first is not None and param.grad.data_ptr() == first.get(param):
+            grad = local_gradient(param)
+            if grad is not None:
+                used = first is not None and grad.data_ptr() == first.get(param)
+                if used and grad.numel():
                     raise RuntimeError(_OVERWRITTEN.format(shape=tuple(param.shape)))
                 if first is None or param in first:
-                    total.add([param], [param.grad])
+                    total.add([param], [grad])
                 param.grad = None
 
         self._optimizer.zero_grad()
@@ -217,8 +221,10 @@ class _MicrobatchStep:
         return {
             param: address
             for tensors in self._engine.lists.lists
-            for param, address in zip(tensors.params, tensors.addresses[0].tolist(), strict=True)
-            if address
+            for param, address, grad in zip(
+                tensors.owners, tensors.addresses[0].tolist(), tensors.grads[0], strict=True
+            )
+            if grad is not None
         }
 
     @contextmanager
@@ -265,7 +271,8 @@ def update_with_means(
     params = [param for group in optimizer.param_groups for param in group["params"]]
     totals = tuple(optimizer._replicas.average(params, totals))
     for evaluation, total in enumerate(totals):
-        with gradients_for_step(params, [total.pop(param, None) for param in params]):
+        grads = [like(param, total.pop(param, None)) for param in params]
+        with gradients_for_step(params, grads):
             if evaluation == 0:
                 engine = optimizer._begin(take=True)
                 if not is_scaled:
@@ -350,7 +357,7 @@ def combine(
             keep_point=False,
             count_skipped=False,
         )
-        for i, (param, h) in enumerate(zip(tensors.params, tensors.grads[0], strict=True)):
+        for i, (param, h) in enumerate(zip(tensors.owners, tensors.grads[0], strict=True)):
             if h is not None and tensors.has_gradients(i, required):
                 result[param] = h
     engine.finish()
@@ -359,7 +366,7 @@ def combine(
 
 def _bind_sums(engine: StepEngine, tensors: TensorList, total: Mapping[Tensor, Tensor]) -> None:
     """Put sums in the place of g3."""
-    sums = [total.get(param) for param in tensors.params]
+    sums = [total.get(param) for param in tensors.owners]
     kept = addresses_of(sums)
     for addresses in tensors.addresses:
         check_not_overwritten(tensors.params, kept, addresses, _OVERWRITTEN)
@@ -380,7 +387,7 @@ class GradientSum:
         share: The factor.
 
     Attributes:
-        values: The sums so far.
+        values: The sums so far; of DTensors, a rank's own part.
     """
 
     def __init__(self, kept: KeptSums, share: float) -> None:

@@ -109,12 +109,11 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
             self._replicas.match_gradients(self)
         self._take_scaler(scaler)
         engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
-        if plain:
-            engine.reduce(0)
-            self._update([BASE_ROW] * len(self.param_groups), required=0b1)
-            return
         try:
             engine.reduce(0)
+            if plain:
+                self._update([BASE_ROW] * len(self.param_groups), required=0b1)
+                return
             engine.move_to(Point.ASCENT)
             self._replicas.begin(self, engine)
             self._batch_norm.save()
@@ -191,6 +190,9 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
             scaler: Scales the loss in the closures, ``scaler.scale(loss).backward()``. Call
                 ``scaler.update()`` afterwards, and not ``scaler.step()``. Without a closure,
                 ``scaler.step(optimizer)`` is what calls this, and it is not given.
+
+                Without one, and with learning rates and gradients of 0, the state is created if
+                there is none, which ``torch.distributed.checkpoint`` asks for.
 
         Returns:
             The closure's loss at the unperturbed weights, for a list their mean; None without.
@@ -350,6 +352,8 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
         """Complete the step in progress, or make one with ``second_evaluation``."""
         if self.is_perturbed:
             (self.second_step if self.evaluations == 2 else self.third_step)()
+        elif self._create_state():
+            return
         elif self.second_evaluation is not None:
             step_with_second_evaluation(self, self.second_evaluation)
         else:

@@ -24,7 +24,9 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
     """Base class: ``step(losses_fn)`` in place of closures, and a seed of its own.
 
     All random choices of a step follow from the seed and the number of the step, so that a
-    checkpoint goes on with those that an uninterrupted run would have made.
+    checkpoint goes on with those that an uninterrupted run would have made. With sharded parameters
+    every rank looks at the samples of its own batch; choices of tensors are the same everywhere;
+    noise differs from part to part of a parameter, so that it depends on how they are sharded.
     """
 
     required = 0b10
@@ -64,6 +66,8 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
         If it raises, the weights are restored and the state is untouched.
         """
+        if closure is None and not self.is_perturbed and self._create_state():
+            return None  # see SharpnessAwareOptimizer.step
         if not callable(closure):
             name = type(self).__name__
             raise TypeError(

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wsam_fused.arguments import choice
 from wsam_fused.averages import Averages, Total, is_distributed
 from wsam_fused.backends import BACKENDS
+from wsam_fused.distributed import is_dtensor
 from wsam_fused.microbatches import combine, poison_of, update_with_h
 from wsam_fused.plan import Slot, addresses_of
 
@@ -107,6 +108,18 @@ class Replicas:
             )
         assert dist.group.WORLD is not None
         return dist.group.WORLD
+
+    def check_params(self, params: Sequence[Tensor]) -> None:
+        """Refuse parameters of which a rank has no gradient of its own.
+
+        Raises:
+            ValueError: One is a DTensor, and the scope is "local".
+        """
+        if self.perturb_apart and any(map(is_dtensor, params)):
+            raise ValueError(
+                "perturb_scope is 'local', expected 'global' for sharded parameters (DTensor): "
+                "their gradients are averaged before a rank has them"
+            )
 
     # ---- evaluations -------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from wsam_fused.coefficients import derived, with_the_perturbation_of
 from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import Gradients, check_not_overwritten, walkable
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
+from wsam_fused.progress import UpdateProgress
 from wsam_fused.row import Row
 from wsam_fused.storage import follow_storage
 from wsam_fused.tensor_list import TensorList
@@ -49,9 +50,9 @@ class StepEngine:
         foreign: The base optimizer, where there is no fused update.
         at: The point where the parameters are, unless the norm of g1 is not finite.
         read: How many gradients of the step in progress have been taken over.
-        known: Of which of them the norms are known, 0 for g1; of the last step, if none is in
-            progress.
+        known: Of which of them the norms are known, 0 for g1; between steps, of the last one.
         knows_dot: Whether g1 . g2 is known, likewise.
+        progress: Of the update of the step in progress.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class StepEngine:
         self.read = 0
         self.known: set[int] = set()
         self.knows_dot = False
+        self.progress = UpdateProgress()
         self._check_all = check_all
         self._reuse_first_gradient = reuse_first_gradient
         self.foreign = foreign
@@ -133,18 +135,22 @@ class StepEngine:
             RuntimeError: A gradient has overwritten an earlier one, or a parameter has changed.
             TypeError: A gradient is sparse or complex.
         """
-        for tensors in self.lists.lists:
-            # The rule `none` writes h and d over the gradients.
-            writes = self.read == 1 and tensors.key.rule == BaseRule.NONE
-            gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
-            for earlier in tensors.addresses:
-                check_not_overwritten(tensors.params, earlier, gradients.addresses, _OVERWRITTEN)
-            if gradients.moved:
-                self._follow_storage(tensors, same_layout=True)
-            self._bind(tensors, self.read, gradients)
-            if gradients.dtype != tensors.grad_dtype:
-                self.widen_gradients(tensors)
+        for tensors, _ in self.lists:
+            self.read_list(tensors, take=take, copy=copy)
         self.read += 1
+
+    def read_list(self, tensors: TensorList, *, take: bool = False, copy: bool = False) -> None:
+        """Take over those of one list; see :meth:`read_next`."""
+        # The rule `none` writes h and d over the gradients.
+        writes = self.read == 1 and tensors.key.rule == BaseRule.NONE
+        gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
+        for earlier in tensors.addresses:
+            check_not_overwritten(tensors.params, earlier, gradients.addresses, _OVERWRITTEN)
+        if gradients.moved:
+            self._follow_storage(tensors, same_layout=True)
+        self._bind(tensors, self.read, gradients)
+        if gradients.dtype != tensors.grad_dtype:
+            self.widen_gradients(tensors)
 
     def _bind(self, tensors: TensorList, evaluation: int, gradients: Gradients) -> None:
         tensors.grads[evaluation] = gradients.tensors
@@ -215,7 +221,7 @@ class StepEngine:
 
     def return_to_weights(self) -> None:
         """Move the parameters back to w, wherever their memory is by now."""
-        for tensors in self.lists.lists:
+        for tensors, _ in self.lists:
             if tensors.reader.moved():
                 self._follow_storage(tensors, same_layout=False)
         self._tell_autograd()
@@ -223,7 +229,7 @@ class StepEngine:
 
     def _tell_autograd(self) -> None:
         """Let autograd know that what it saved of the parameters is about to be outdated."""
-        for tensors in self.lists.lists:
+        for tensors, _ in self.lists:
             increment_version(tensors.params)
 
     def probe(self, seed: int) -> None:
@@ -257,14 +263,23 @@ class StepEngine:
             required: Bit k: a parameter that has no gradient k + 1 is not updated.
             keep_point: Start from where the parameters are and not from w.
         """
-        if self.at != Point.WEIGHTS:
-            rows = with_the_perturbation_of(self.lists.primary.rows, rows)
-        self._set_rows(rows, rates)
+        if not self.progress.has_coefficients:
+            rows = self.begin_update(rows, rates)
         self.derive(rows, method)
-        self._apply(required=required, keep_point=keep_point)
+        for tensors, _ in self.lists:
+            self.update_list(tensors, required=required, keep_point=keep_point)
+        self.at = Point.WEIGHTS
         if self.foreign is not None:
             self._step_foreign(self.foreign, rows, rates, required)
         self.finish()
+
+    def begin_update(self, rows: list[GroupRow], rates: list[Tensor | None]) -> list[GroupRow]:
+        """Bring the coefficients up to date and return them; see :meth:`update`."""
+        if self.at != Point.WEIGHTS:
+            rows = with_the_perturbation_of(self.lists.primary.rows, rows)
+        self._set_rows(rows, rates)
+        self.progress.has_coefficients = True
+        return rows
 
     def derive(
         self, rows: list[GroupRow], method: Sequence[Row], shares: Sequence[float] | None = None
@@ -295,20 +310,19 @@ class StepEngine:
         for shared in self.lists.shared.values():
             shared.set_learning_rates(rates)
 
-    def _apply(self, *, required: int, keep_point: bool = False) -> None:
-        first = True
-        for tensors, backend in self.lists:
-            backend.update(
-                tensors,
-                tensors.key.rule,
-                self.read,
-                required=required,
-                checked=sum(1 << evaluation for evaluation in self.known),
-                keep_point=keep_point,
-                count_skipped=first,
-            )
-            first = False
-        self.at = Point.WEIGHTS
+    def update_list(self, tensors: TensorList, *, required: int, keep_point: bool) -> None:
+        """Restore and update one list with the gradients that it has; see :meth:`update`."""
+        counts = tensors.shared is self.lists.primary and not self.progress.has_counted
+        BACKENDS[tensors.key.backend].update(
+            tensors,
+            tensors.key.rule,
+            len(tensors.addresses),
+            required=required,
+            checked=sum(1 << evaluation for evaluation in self.known),
+            keep_point=keep_point,
+            count_skipped=counts,
+        )
+        self.progress.has_counted |= counts
 
     def _step_foreign(
         self,
@@ -362,6 +376,7 @@ class StepEngine:
         forget_casts()
         self.at = Point.WEIGHTS
         self.read = 0
+        self.progress = UpdateProgress()
         for tensors in self.lists.lists:
             tensors.release()
 

@@ -15,6 +15,7 @@ from wsam_fused.base_rules import BaseRule, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
 from wsam_fused.engine import StepEngine
 from wsam_fused.groups import check_values, group_row
+from wsam_fused.in_backward import InBackwardUpdate
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.method_keys import GEOMETRIES, STEP, MethodKeys, geometry_of, without_weight
 from wsam_fused.model_state import FrozenBatchNorm
@@ -52,6 +53,8 @@ class MethodOptimizer(Optimizer):
     uses_first_gradient: ClassVar[bool] = True
     # Which of the method's hyper-parameters may be schedules.
     scheduled: ClassVar[tuple[str, ...]] = ("rho",)
+    # The handle while parameters are updated within the backward; a copy has none.
+    _in_backward: InBackwardUpdate | None = None
 
     def __init__(
         self,
@@ -268,6 +271,7 @@ class MethodOptimizer(Optimizer):
             backend=self._backend,
             foreign=foreign is not None,
             step_counts=self._step_counts(),
+            bucketed=self._in_backward is not None,
         )
         engine = StepEngine(
             lists,
@@ -278,6 +282,8 @@ class MethodOptimizer(Optimizer):
         if self._engine is not None:
             engine.scalars.copy_(self._engine.scalars)
         self._keep_captured()
+        if self._in_backward is not None:
+            self._in_backward.attach(lists.list_of)
         lists.set_rows(self._rows(self._method_rows()))
         self._engine = engine
         return engine

@@ -27,6 +27,7 @@ from wsam_fused.coefficients import with_the_perturbation_of
 from wsam_fused.engine import StepEngine
 from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import check_not_overwritten, walkable
+from wsam_fused.in_backward import refuse_while_active
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
 from wsam_fused.row import BASE_ROW, Row
@@ -51,6 +52,7 @@ def step_with_microbatches(optimizer: SharpnessAwareOptimizer, closures: Sequenc
         The mean of the losses at the unperturbed weights.
 
     Raises:
+        RuntimeError: Parameters are updated within the backward.
         TypeError: The method does not work with micro-batches, or a closure is none.
         ValueError: There are no closures.
     """
@@ -64,6 +66,8 @@ def step_with_microbatches(optimizer: SharpnessAwareOptimizer, closures: Sequenc
     for closure in closures:
         if not callable(closure):
             raise TypeError(f"step() was given {closure!r} in a list, expected closures only")
+    reason = "the gradients of all micro-batches have to be added up before the update"
+    refuse_while_active(optimizer, "step() was given a list of closures", reason)
     optimizer.zero_grad()
     try:
         return _MicrobatchStep(optimizer, closures).run()

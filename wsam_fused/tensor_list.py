@@ -29,6 +29,7 @@ class ListKey(NamedTuple):
     rule: BaseRule
     geometry: Geometry
     has_backup: bool
+    bucket: int = 0  # of lists that are updated one by one within a backward, else 0
 
 
 @dataclass
@@ -52,6 +53,9 @@ class TensorList:
             for a missing one.
         backups: Copies of w while the list is at another point, None otherwise.
         table: The addresses of all these, if the backend's kernels need them.
+        awaited: Parameters whose last gradient the update within a backward waits for; None if it
+            has not begun to wait.
+        updated: Whether the update within the backward of this step has been made.
     """
 
     key: ListKey
@@ -68,6 +72,8 @@ class TensorList:
     addresses: list[Tensor] = field(init=False, default_factory=list)
     backups: Backups | None = None
     table: PointerTable | None = None
+    awaited: set[Tensor] | None = None
+    updated: bool = False
     _block: Tensor | None = None  # of the backups
 
     def __post_init__(self) -> None:
@@ -93,7 +99,7 @@ class TensorList:
             if block is None:
                 device, dtype = self.key.device, self.key.dtype
                 block = torch.empty(self.table.total, dtype=dtype, device=device)
-            if keeps_scratch(self.key.device):
+            if keeps_scratch(self.key.device) and not self.key.bucket:
                 self._block = block
             self.backups = Backups.in_block(block, self.reader.noted_layouts, self.table)
 
@@ -102,6 +108,8 @@ class TensorList:
         self.grads = [[], [], []]
         self.addresses = []
         self.backups = None
+        self.awaited = None
+        self.updated = False
 
     def has_gradients(self, index: int, required: int) -> bool:
         """Whether parameter ``index`` has gradient k + 1 for every bit k of ``required``."""

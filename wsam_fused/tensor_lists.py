@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wsam_fused.backends import BACKENDS, Backend, Choice, select
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.buckets import Member, in_buckets
 from wsam_fused.parameters import check_separate, is_dense
 from wsam_fused.plan import Geometry, GroupRow, PointerTable
 from wsam_fused.shared_scalars import SharedScalars
@@ -44,9 +45,12 @@ class TensorLists:
         backend: ``"auto"`` or the name of a backend.
         foreign: Whether a base optimizer keeps a state of its own.
         step_counts: Updates that parameters have had, where the state does not say.
+        bucketed: Whether parameters that could be stepped together are in several lists, to be
+            updated one by one.
 
     Attributes:
         lists: The lists.
+        list_of: The list that a parameter is in.
         shared: What the lists of one device have in common.
         primary: Those of the first device, which count skipped steps.
         choices: The backend of every parameter.
@@ -65,13 +69,14 @@ class TensorLists:
         backend: str,
         foreign: bool,
         step_counts: Mapping[Tensor, float],
+        bucketed: bool = False,
     ) -> None:
         self.choices: dict[Tensor, Choice] = {}
         self._kinds = list(kinds)
         self._state = state
         self._foreign = foreign
         self._left_out: list[Tensor] = []
-        members: dict[ListKey, list[tuple[Tensor, int, int]]] = defaultdict(list)
+        members: dict[ListKey, list[Member]] = defaultdict(list)
         number = 0
         for index, (group, kind) in enumerate(zip(param_groups, kinds, strict=True)):
             for position, param in enumerate(group["params"]):
@@ -82,10 +87,13 @@ class TensorLists:
                     self._left_out.append(param)
                 number += 1
         check_separate(param for list_ in members.values() for param, _, _ in list_)
+        if bucketed:
+            members = in_buckets(members)
         devices = dict.fromkeys(key.device for key in members) or [torch.device("cpu")]
         self.shared = {device: SharedScalars(device) for device in devices}
         self.primary = next(iter(self.shared.values()))
         self.lists = [self._new_list(key, list_, step_counts) for key, list_ in members.items()]
+        self.list_of = {param: tensors for tensors in self.lists for param in tensors.params}
         self._state_size = len(state)
         self.stale = False
 
@@ -102,7 +110,7 @@ class TensorLists:
     def _new_list(
         self,
         key: ListKey,
-        members: list[tuple[Tensor, int, int]],
+        members: list[Member],
         step_counts: Mapping[Tensor, float],
     ) -> TensorList:
         params = [param for param, _, _ in members]
@@ -179,9 +187,10 @@ class TensorLists:
     # ---- all of them -------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[tuple[TensorList, Backend]]:
-        """Yield every list with its backend."""
+        """Yield every list with its backend; not those that are through with the step."""
         for tensors in self.lists:
-            yield tensors, BACKENDS[tensors.key.backend]
+            if not tensors.updated:
+                yield tensors, BACKENDS[tensors.key.backend]
 
     def set_rows(self, rows: list[GroupRow]) -> None:
         """Bring the coefficients and hyper-parameters of the groups up to date, one row each."""

@@ -10,10 +10,9 @@ of them. Results go to ``benchmarks/results`` as CSV and Markdown.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,42 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import RESULTS, environment, text
+from benchmarks.common import RESULTS, environment
 from benchmarks.contenders import BASES, Base, Contender, Ours, Plain
 from benchmarks.contenders.authors import Authors
 from benchmarks.contenders.libraries import OursInBackward
 from benchmarks.recorded_memory import peak_of
-from benchmarks.report import table
+from benchmarks.training_memory import SLACK, write
 from benchmarks.training_nets import NETS, Net, perceptron, transformer
 
-# How far the peak of the update in the backward may be from plain AdamW's and the largest tensor.
-SLACK = 0.03
-
 CONTENDERS: tuple[type[Contender], ...] = (Plain, Authors, Ours, OursInBackward)
-FIELDS = (
-    "net",
-    "base",
-    "contender",
-    "dtype",
-    "parameter_bytes",
-    "largest_bytes",
-    "peak_bytes",
-    "plain_bytes",
-    "device",
-    "torch",
-    "git",
-    "source",
-    "date",
-    "command",
-)
-_EXPLANATION = """\
-The worst moment of two training steps: parameters, states, gradients, activations. `peak`: in lists
-of the parameters' size; `over plain`: what exceeds the peak of the plain base optimizer, in such
-lists and in tensors of the size of the largest parameter. The update in the backward is meant to
-need plain's peak and one such tensor, within {slack:.0%}. That holds where activations are few:
-when its second backward begins, all of them and all first gradients are alive, while a plain
-backward frees activations as it makes gradients. Where they are many, it needs up to one gradient
-list more than plain; activation checkpointing makes them few."""
 
 
 @dataclass(frozen=True)
@@ -150,65 +122,6 @@ def bench_activations_are_beside_all_first_gradients() -> None:
     assert plain.peak > 4.5 * plain.parameters, "there are not many activations"
     assert found.peak > (plain.peak + plain.largest) * (1 + SLACK)
     assert found.peak < (plain.peak + plain.parameters) * (1 + SLACK)
-
-
-# ---- results ---------------------------------------------------------------------------------
-
-
-def render(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return the Markdown of the rows of a result file."""
-    first = rows[0]
-    caption = (
-        f"On {first['device']}; torch {first['torch']}; commit {first['git']}, sources "
-        f"{first['source']}; {first['date']}; `{first['command']}`."
-    )
-    parts = ["# Peak memory of a training step", caption, _EXPLANATION.format(slack=SLACK)]
-    for net, base, dtype in dict.fromkeys((r["net"], r["base"], r["dtype"]) for r in rows):
-        chosen = [r for r in rows if (r["net"], r["base"], r["dtype"]) == (net, base, dtype)]
-        sizes = int(chosen[0]["parameter_bytes"]), int(chosen[0]["largest_bytes"])
-        share = sizes[1] / sizes[0]
-        title = f"## {net}; {base}, {dtype}"
-        parts += [title, f"{sizes[0] / 1e6:.1f} MB of parameters, {share:.1%} in the largest one."]
-        header = ("contender", "peak MB", "peak", "over plain", "in largest ones", "promise")
-        parts.append(table(header, [_line(row) for row in chosen]))
-    return "\n\n".join(parts) + "\n"
-
-
-def over_plain(row: Mapping[str, str]) -> float:
-    """Return what a row exceeds the plain base optimizer by, in bytes."""
-    return float(row["peak_bytes"]) - float(row["plain_bytes"])
-
-
-def _line(row: Mapping[str, str]) -> tuple[str, ...]:
-    size, largest, peak = (
-        float(row[name]) for name in ("parameter_bytes", "largest_bytes", "peak_bytes")
-    )
-    verdict = ""
-    if row["contender"] == OursInBackward.name:
-        ratio = peak / (float(row["plain_bytes"]) + largest)
-        verdict = f"{ratio:.3f}: {'reached' if abs(ratio - 1) <= SLACK else 'NOT REACHED'}"
-    over = over_plain(row)
-    return (
-        row["contender"],
-        f"{peak / 1e6:.1f}",
-        f"{peak / size:.2f}",
-        f"{over / size:.2f}",
-        f"{over / largest:.1f}",
-        verdict,
-    )
-
-
-def write(path: Path, rows: Sequence[Mapping[str, object]]) -> str:
-    """Write the result file and the Markdown beside it, and return the latter."""
-    cells = [{field: text(row[field]) for field in FIELDS} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(cells)
-    markdown = render(cells)
-    path.with_suffix(".md").write_text(markdown)
-    return markdown
 
 
 def _rows(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -6,12 +6,6 @@ sums are exact (gradients of integers), so is the comparison.
 
 from __future__ import annotations
 
-import copy
-import gc
-import io
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -30,26 +24,19 @@ from in_backward_cases import (
     closure_of,
     values_of,
 )
+from interpreted import interpreted_backend
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import readme
 from wsam_fused import SAM, WSAM
 from wsam_fused.backends import BACKENDS
 from wsam_fused.buckets import in_buckets
+from wsam_fused.methods import METHODS as METHODS_OF_ALL
 from wsam_fused.tensor_list import ListKey
 
 AdamW = torch.optim.AdamW
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Nothing that lies in a cycle is freed meanwhile."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+TRITON = interpreted_backend()
 
 
 def pair(build: Any, make: Any) -> list[tuple[Any, Any]]:
@@ -127,6 +114,23 @@ def test_other_dtypes(dtype: torch.dtype, backend: str) -> None:
         for m, one in ((net, ordinary), (other, optimizer)):
             one.step(closure_of(m, one))
         compare_and_align(optimizer, ordinary, dtype, f"step {number}")
+
+
+@pytest.mark.skipif(TRITON.unavailable() is not None, reason=str(TRITON.unavailable()))
+@pytest.mark.parametrize("options", OPTIONS)
+def test_triton_kernels(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "triton-interpreted", TRITON)
+    (net, ordinary), (other, optimizer) = pair(
+        Net,
+        lambda params: WSAM(
+            params, AdamW, lr=0.01, backend="triton-interpreted", **OPTIONS[options]
+        ),
+    )
+    for number in range(2):
+        for m, one in ((net, ordinary), (other, optimizer)):
+            one.step(closure_of(m, one))
+        assert all(p.grad is None for p in other.parameters())
+        compare_and_align(optimizer, ordinary, torch.float32, f"step {number}")
 
 
 def test_groups_with_their_own_values(backend: str) -> None:
@@ -291,120 +295,6 @@ def test_hyper_parameters_are_those_at_the_first_update() -> None:
     assert all(map(torch.equal, before, net.parameters()))
 
 
-# ---- the handle ------------------------------------------------------------------------------
-
-
-def hooks_of(net: nn.Module) -> int:
-    return sum(len(p._post_accumulate_grad_hooks or ()) for p in net.parameters())
-
-
-def test_the_handle() -> None:
-    net = Net()
-    optimizer = WSAM(net.parameters(), AdamW, lr=0.01)
-    optimizer.step(closure_of(net, optimizer))
-    handle = optimizer.update_in_backward()
-    assert handle.active
-    with pytest.raises(RuntimeError, match="is active already"):
-        optimizer.update_in_backward()
-    optimizer.step(closure_of(net, optimizer))
-    assert hooks_of(net) > 0
-    handle.remove()
-    handle.remove()
-    assert not handle.active
-    assert hooks_of(net) == 0
-    with optimizer.update_in_backward() as another:
-        optimizer.step(closure_of(net, optimizer))
-        assert another.active
-        handle.remove()  # not its own
-        assert another.active
-    assert not another.active
-    optimizer.step(closure_of(net, optimizer))
-    assert len(optimizer._engine.lists.lists) == 1
-    counts = {optimizer.state[p]["step"].item() for p in net.parameters() if p is not net.unused}
-    assert counts == {4.0}
-
-
-def test_removal_within_a_step(backend: str) -> None:
-    results = []
-    for remove in (False, True):
-        net = Separate(backend)
-        optimizer = WSAM(net.parameters(), AdamW, lr=0.01, backend=backend)
-        handle = optimizer.update_in_backward()
-        net.losses().mean().backward()
-        optimizer.first_step(zero_grad=True)
-        if remove:
-            net.weights[3].register_hook(lambda grad, handle=handle: handle.remove())
-        net.losses().mean().backward()
-        assert any(p.grad is not None for p in net.parameters()) is remove
-        optimizer.second_step(zero_grad=True)
-        results.append(values_of(net.parameters()))
-    assert all(map(torch.equal, *results))
-
-
-def test_nobody_keeps_the_optimizer_alive() -> None:
-    net = Net()
-    optimizer = WSAM(net.parameters(), AdamW, lr=0.01)
-    handle = optimizer.update_in_backward()
-    optimizer.step(closure_of(net, optimizer))
-    reference = weakref.ref(optimizer)
-    with no_collection():
-        del optimizer
-        assert reference() is None
-    assert hooks_of(net) == 0
-    assert not handle.active
-    handle.remove()
-    net.losses().mean().backward()
-
-
-def test_the_optimizer_keeps_the_handle() -> None:
-    net = Net()
-    optimizer = WSAM(net.parameters(), AdamW, lr=0.01)
-    with no_collection():
-        optimizer.update_in_backward()
-        optimizer.step(closure_of(net, optimizer))
-    assert all(param.grad is None for param in net.parameters())
-
-
-def test_copies_do_not_have_the_handle() -> None:
-    net = Net()
-    optimizer = WSAM(net.parameters(), AdamW, lr=0.01)
-    optimizer.update_in_backward()
-    optimizer.step(closure_of(net, optimizer))
-    file = io.BytesIO()
-    torch.save(optimizer, file)
-    file.seek(0)
-    _, deep = copy.deepcopy((net, optimizer))
-    for other in (deep, torch.load(file, weights_only=False)):
-        assert other._in_backward is None
-        params = other.param_groups[0]["params"]
-        for _ in range(2):
-            for param in params:
-                param.grad = torch.ones_like(param)
-            (other.second_step if other.is_perturbed else other.first_step)(zero_grad=False)
-        assert len(other._engine.lists.lists) == 1
-        assert all(param.grad is not None for param in params)
-    assert optimizer._in_backward is not None
-    optimizer.step(closure_of(net, optimizer))
-
-
-def test_checkpoints_are_those_of_the_ordinary_step(backend: str) -> None:
-    net = Net()
-    optimizer = WSAM(net.parameters(), AdamW, lr=0.01, backend=backend)
-    handle = optimizer.update_in_backward()
-    optimizer.step(closure_of(net, optimizer))
-    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-    results = []
-    for active in (True, False):
-        net.load_state_dict(saved[0])
-        optimizer.load_state_dict(copy.deepcopy(saved[1]))
-        if not active:
-            handle.remove()
-        optimizer.step(closure_of(net, optimizer))
-        assert (net.inner.weight.grad is None) is active
-        results.append(values_of(net.parameters()))
-    torch.testing.assert_close(*results)
-
-
 def test_buckets() -> None:
     key = ListKey(torch.device("cpu"), torch.float32, "cpu", 1, 0, False)  # type: ignore[arg-type]
     other = key._replace(dtype=torch.float64)
@@ -416,3 +306,16 @@ def test_buckets() -> None:
     assert {k: found[k] for k in keys} == dict(zip(keys, expected, strict=True))
     assert list(found.values())[-1] == [1]
     assert in_buckets({}) == {}
+
+
+@pytest.mark.parametrize("method", METHODS_OF_ALL, ids=lambda method: method.__name__)
+def test_the_docs_say_which_methods_can(method: Any) -> None:
+    text = readme.METHODS.read_text()
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{method.__name__}"))
+    optimizer = method(Net().parameters(), AdamW, lr=0.01)
+    if row.endswith("| yes |"):
+        assert optimizer.update_in_backward().active
+    else:
+        assert "| cannot: needs all of g" in row
+        with pytest.raises(TypeError):
+            optimizer.update_in_backward()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _WHAT = "update_in_backward()"
 _TWICE = (
     "the gradient of a parameter of shape {shape} was completed twice in one evaluation, but "
-    "update_in_backward() has updated with the first one; call backward() once an evaluation, on "
+    "update_in_backward() updates as soon as there is one; call backward() once an evaluation, on "
     "the sum of the losses, or remove() the handle and accumulate without it. What had not been "
     "updated by then has been restored"
 )
@@ -55,7 +55,8 @@ class InBackwardUpdate:
         self._hooks: dict[Tensor, RemovableHandle] = {}
         # Every GPU has a thread of the backward, and parameters may be on several.
         self._lock = threading.Lock()
-        weakref.finalize(optimizer, _remove, self._hooks).atexit = False
+        self._finalizer = weakref.finalize(optimizer, _remove, self._hooks)
+        self._finalizer.atexit = False
         optimizer._in_backward = self
         _make_lists_anew(optimizer)
 
@@ -70,7 +71,7 @@ class InBackwardUpdate:
 
         A handle that is not active any more is left as it is.
         """
-        _remove(self._hooks)
+        self._finalizer()
         optimizer = self._optimizer()
         if optimizer is not None and optimizer._in_backward is self:
             optimizer._in_backward = None

@@ -33,6 +33,7 @@ bench: environment
 	$(RUN) -m benchmarks.bench_step
 	$(RUN) -m benchmarks.bench_methods
 	$(RUN) -m benchmarks.bench_host
+	$(RUN) -m benchmarks.bench_training_memory
 	$(RUN) -m benchmarks.readme
 
 wheel: environment

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
+from wsam_fused.in_backward import refuse_while_active
+
 if TYPE_CHECKING:
     from wsam_fused.engine import StepEngine
 
@@ -53,16 +55,19 @@ class ScaledSteps:
                 )
         else:
             self._scaler = check_scaler(scaler, self)
+        if self._scaler is not None:
+            what, reason = "a step was given a scaler", "its scale is taken out after the backward"
+            refuse_while_active(self, what, reason)
 
     def _set_loss_scale(self, engine: StepEngine) -> None:
         """Take the scale into the step, whose first gradients have been read."""
         if self._scaler is None:
-            engine.set_loss_scale(None)
+            engine.scale.set(None)
             self._warn_of_float16(engine)
             return
-        engine.set_loss_scale(scale_of(self._scaler, engine.scalars.device))
+        engine.scale.set(scale_of(self._scaler, engine.scalars.device))
         if self._scaler_has_first and self.grad_scale is None:
-            engine.forget_loss_scale(0)
+            engine.scale.forget(0)
 
     def _refuse_closure_of_scaler(self) -> None:
         if self._found_by_scaler() is not None:
@@ -75,7 +80,7 @@ class ScaledSteps:
         """Take over what the scaler knows of the last gradients, or look at them ourselves."""
         found = self._found_by_scaler()
         if found is None or self._scaler_has_first:
-            engine.checks_this_step = self._scaler is not None
+            engine.progress.checks_all = self._scaler is not None
         if found is None:
             return
         if self._scaler is None:
@@ -84,8 +89,8 @@ class ScaledSteps:
                 "call first_step(zero_grad=True, scaler=scaler)"
             )
         if self.grad_scale is None and not self._scaler_has_first:
-            engine.forget_loss_scale(engine.read - 1)  # by scaler.unscale_()
-        engine.set_found_inf(found)
+            engine.scale.forget(engine.read - 1)  # by scaler.unscale_()
+        engine.scale.set_found_inf(found)
 
     def _tell_scaler(self, engine: StepEngine) -> None:
         """Let the scaler know that a step was made, and of gradients that are not finite."""
@@ -145,16 +150,21 @@ def scale_of(scaler: GradScaler, device: torch.device) -> Tensor:
 def tell(scaler: GradScaler, optimizer: Any, engine: StepEngine) -> None:
     """Let the scaler know that a step was made, and whether a gradient of it was not finite."""
     state = _state(scaler, optimizer)
-    found = engine.found_inf()
+    found = found_inf(engine)
     state["found_inf_per_device"] = {found.device: found}
     state["stage"] = OptState.STEPPED
 
 
 def add_to_found(scaler: GradScaler, optimizer: Any, engine: StepEngine) -> None:
     """Let a scaler that has looked at the last gradients only know of the others."""
-    found = engine.found_inf()
+    found = found_inf(engine)
     for known in _state(scaler, optimizer)["found_inf_per_device"].values():
         known.add_(found.to(known.device, non_blocking=True))
+
+
+def found_inf(engine: StepEngine) -> Tensor:
+    """Return 1 if a gradient of a step was not finite, else 0: a float32 scalar on the device."""
+    return (~engine.all_known_are_finite()).to(torch.float32)
 
 
 def _state(scaler: GradScaler, optimizer: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from wsam_fused.distributed import check_distributed, local_of
 from wsam_fused.engine import StepEngine
 from wsam_fused.gathered_weights import GatheredWeights
 from wsam_fused.groups import check_values, group_row
+from wsam_fused.in_backward import InBackwardUpdate
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.method_keys import (
     GEOMETRIES,
@@ -72,6 +73,8 @@ class MethodOptimizer(Optimizer):
     uses_first_gradient: ClassVar[bool] = True
     # Which of the method's hyper-parameters may be schedules.
     scheduled: ClassVar[tuple[str, ...]] = ("rho",)
+    # The handle while parameters are updated within the backward; a copy has none.
+    _in_backward: InBackwardUpdate | None = None
 
     def __init__(
         self,
@@ -343,6 +346,7 @@ class MethodOptimizer(Optimizer):
             foreign=foreign is not None,
             step_counts=self._step_counts(),
             precision=self._precision,
+            bucketed=self._in_backward is not None,
         )
         engine = StepEngine(
             lists,
@@ -354,6 +358,8 @@ class MethodOptimizer(Optimizer):
         if self._engine is not None:
             engine.scalars.copy_(self._engine.scalars)
         self._keep_captured()
+        if self._in_backward is not None:
+            self._in_backward.attach(lists.list_of)
         lists.set_rows(self._rows(self._method_rows()))
         self._engine = engine
         return engine

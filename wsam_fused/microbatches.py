@@ -29,6 +29,7 @@ from wsam_fused.distributed import like
 from wsam_fused.engine import StepEngine
 from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import check_not_overwritten, walkable
+from wsam_fused.in_backward import refuse_while_active
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
 from wsam_fused.row import BASE_ROW, Row
@@ -58,6 +59,7 @@ def step_with_microbatches(
         The mean of the losses at the unperturbed weights.
 
     Raises:
+        RuntimeError: Parameters are updated within the backward.
         TypeError: The method does not work with micro-batches, or a closure is none.
         ValueError: There are no closures.
     """
@@ -71,6 +73,8 @@ def step_with_microbatches(
     for closure in closures:
         if not callable(closure):
             raise TypeError(f"step() was given {closure!r} in a list, expected closures only")
+    reason = "the gradients of all micro-batches have to be added up before the update"
+    refuse_while_active(optimizer, "step() was given a list of closures", reason)
     optimizer.zero_grad()
     try:
         optimizer._take_scaler(scaler)
@@ -276,7 +280,7 @@ def update_with_means(
             if evaluation == 0:
                 engine = optimizer._begin(take=True)
                 if not is_scaled:
-                    engine.set_loss_scale(None)
+                    engine.scale.set(None)
             else:
                 engine.read_next(take=True)
         engine.reduce(evaluation)
@@ -342,7 +346,7 @@ def combine(
     ]
     engine.lists.set_rows(scaled)
     engine.derive(scaled, method, shares)
-    engine.forget_loss_scale(2)  # the sums have none
+    engine.scale.forget(2)  # the sums have none
     required = (1 << engine.read) - 1
     result = dict(total)
     for tensors, backend in engine.lists:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wsam_fused.base_rules import device_learning_rate
 from wsam_fused.engine import StepEngine
+from wsam_fused.in_backward import InBackwardUpdate
 from wsam_fused.leftover_gradients import LeftoverGradients
 from wsam_fused.loss_scale import ScaledSteps
 from wsam_fused.method_keys import STEP
@@ -256,6 +257,36 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
         """
         self._require_calls("same_randomness()")
         return self._replay.evaluation(self._read_so_far(), self._params())
+
+    def update_in_backward(self) -> InBackwardUpdate:
+        """Update every parameter within the backward of a step's last evaluation.
+
+        As soon as the second gradient of a parameter is complete, it is restored and updated and
+        both its gradients are freed: besides the shrinking list of first gradients only those of
+        the largest parameter are alive. Parameters that are small against the largest one are
+        updated a few at a time, with what ``second_step`` would do; that and ``step`` do the rest
+        (parameters without a second gradient, the count of the step).
+
+        What is different while it is active: hyper-parameters of the update are those at the first
+        parameter's; ``.grad`` is None afterwards, so that nothing can be done to second gradients
+        after ``backward``; an evaluation has one ``backward``, in a step in progress no other may
+        reach the parameters. If one fails half-way, what had been updated stays so and the others
+        are restored. Copies of w that a geometry, ``restore="backup"`` or 16 bits need are freed
+        likewise and not kept for the next step. A model under ``torch.compile`` gives all gradients
+        at once: that works and saves nothing.
+
+        Returns:
+            The handle, with ``active`` and ``remove()``, which is also a context manager. The
+            optimizer keeps it; copies of the optimizer do not have it.
+
+        Raises:
+            RuntimeError: It is active already, the weights are perturbed, or several processes
+                average gradients after the hooks have run, as DistributedDataParallel does.
+            TypeError: The method needs norms of the second gradient (``GSAM``, ``BSAM``), or the
+                base optimizer has no fused update.
+            ValueError: ``max_grad_norm`` or ``check_finite`` need them.
+        """
+        return InBackwardUpdate(self)
 
     @torch.no_grad()
     def restore(self) -> None:

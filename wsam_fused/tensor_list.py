@@ -31,6 +31,7 @@ class ListKey(NamedTuple):
     state_dtype: torch.dtype
     has_master: bool
     sharding: Sharding | None = None
+    bucket: int = 0  # of lists that are updated one by one within a backward, else 0
 
 
 @dataclass
@@ -58,6 +59,9 @@ class TensorList:
         backups: Copies of w while the list is at another point, None otherwise; the float32
             weights, always, if there are any.
         table: The addresses of all these, if the backend's kernels need them.
+        awaited: Parameters whose last gradient the update within a backward waits for; None if it
+            has not begun to wait.
+        updated: Whether the update within the backward of this step has been made.
     """
 
     key: ListKey
@@ -77,6 +81,8 @@ class TensorList:
     addresses: list[Tensor] = field(init=False, default_factory=list)
     backups: Backups | None = None
     table: PointerTable | None = None
+    awaited: set[Tensor] | None = None
+    updated: bool = False
     _block: Tensor | None = None  # of the backups
 
     def __post_init__(self) -> None:
@@ -121,7 +127,7 @@ class TensorList:
             if block is None:
                 device, dtype = self.key.device, self.key.dtype
                 block = torch.empty(self.table.total, dtype=dtype, device=device)
-            if keeps_scratch(self.key.device):
+            if keeps_scratch(self.key.device) and not self.key.bucket:
                 self._block = block
             self.backups = Backups.in_block(block, self.reader.noted_layouts, self.table)
 
@@ -130,6 +136,8 @@ class TensorList:
         self.grads = [[], [], []]
         self.addresses = []
         self.drop_backups()
+        self.awaited = None
+        self.updated = False
         if self.masters is not None:
             self._versions = [param._version for param in self.params]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wsam_fused.backends import BACKENDS, Backend, Choice, select
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.buckets import Member, in_buckets
 from wsam_fused.distributed import like, local_of, shard_index, sharding_of
 from wsam_fused.parameters import check_separate, is_dense
 from wsam_fused.plan import Geometry, GroupRow, PointerTable
@@ -48,9 +49,12 @@ class TensorLists:
         foreign: Whether a base optimizer keeps a state of its own.
         step_counts: Updates that parameters have had, where the state does not say.
         precision: How 16-bit parameters are kept.
+        bucketed: Whether parameters that could be stepped together are in several lists, to be
+            updated one by one.
 
     Attributes:
         lists: The lists.
+        list_of: The list that a parameter is in.
         shared: What the lists of one device have in common.
         primary: Those of the first device, which count skipped steps.
         choices: The backend of every parameter.
@@ -71,6 +75,7 @@ class TensorLists:
         foreign: bool,
         step_counts: Mapping[Tensor, float],
         precision: Precision,
+        bucketed: bool = False,
     ) -> None:
         self._precision = precision
         self.choices: dict[Tensor, Choice] = {}
@@ -78,7 +83,7 @@ class TensorLists:
         self._state = state
         self._foreign = foreign
         self._left_out: list[Tensor] = []
-        members: dict[ListKey, list[tuple[Tensor, int, int]]] = defaultdict(list)
+        members: dict[ListKey, list[Member]] = defaultdict(list)
         number = 0
         count = sum(len(group["params"]) for group in param_groups)
         for index, (group, kind) in enumerate(zip(param_groups, kinds, strict=True)):
@@ -91,11 +96,14 @@ class TensorLists:
                     self._left_out.append(param)
                 number += 1
         check_separate(local_of(param) for list_ in members.values() for param, _, _ in list_)
+        if bucketed:
+            members = in_buckets(members)
         devices = dict.fromkeys(key.device for key in members) or [torch.device("cpu")]
         self.shared = {device: SharedScalars(device) for device in devices}
         self.primary = next(iter(self.shared.values()))
         self.over_ranks = SumsOverRanks.of(p for group in param_groups for p in group["params"])
         self.lists = [self._new_list(key, list_, step_counts) for key, list_ in members.items()]
+        self.list_of = {param: tensors for tensors in self.lists for param in tensors.owners}
         self._state_size = len(state)
         self.stale = False
 
@@ -123,7 +131,7 @@ class TensorLists:
     def _new_list(
         self,
         key: ListKey,
-        members: list[tuple[Tensor, int, int]],
+        members: list[Member],
         step_counts: Mapping[Tensor, float],
     ) -> TensorList:
         params = [param for param, _, _ in members]
@@ -216,9 +224,10 @@ class TensorLists:
     # ---- all of them -------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[tuple[TensorList, Backend]]:
-        """Yield every list with its backend."""
+        """Yield every list with its backend; not those that are through with the step."""
         for tensors in self.lists:
-            yield tensors, BACKENDS[tensors.key.backend]
+            if not tensors.updated:
+                yield tensors, BACKENDS[tensors.key.backend]
 
     def set_rows(self, rows: list[GroupRow]) -> None:
         """Bring the coefficients and hyper-parameters of the groups up to date, one row each."""

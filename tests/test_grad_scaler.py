@@ -8,6 +8,7 @@ scaler has to know of it.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -350,3 +351,63 @@ def test_float16_autocast_learns() -> None:
         scaler.update()
     assert losses[-1] < 0.3 * losses[0]
     assert optimizer.skipped_steps > 0, "the scale began too high, and was to come down"
+
+
+# ---- steps that the scaler begins: second_evaluation ---------------------------------------------
+
+
+def with_second_evaluation(run: Run, *, unscales: bool = False) -> None:
+    """As a framework does: backward, scaler.step(optimizer), scaler.update()."""
+    optimizer, scaler = run.optimizer, run.scaler
+    optimizer.zero_grad()
+    run.backward()
+    optimizer.second_evaluation = run.backward
+    if scaler is None:
+        optimizer.step()
+    else:
+        optimizer.second_evaluation_scaler = scaler
+        if unscales:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+    run.update()
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("base", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("method", ["sam", "wsam", "gsam", "bsam"])
+def test_a_scaler_makes_whole_steps(method: str, base: str, unscales: bool) -> None:
+    way = functools.partial(with_second_evaluation, unscales=unscales)
+    compare(way, METHODS[method], {**BASES, **FOREIGN_BASES}[base], rho=0.1)
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("evaluation", [0, 1])
+def test_a_scaler_that_makes_whole_steps_backs_off(evaluation: int, unscales: bool) -> None:
+    run = Run(WSAM, BASES["adamw"], scaler_of(), rho=0.1, restore="backup")
+    with_second_evaluation(run, unscales=unscales)
+    before = run.tensors()
+    run.poison = evaluation
+    with_second_evaluation(run, unscales=unscales)
+    assert all(map(torch.equal, run.tensors(), before))
+    assert run.scaler is not None
+    assert run.scaler.get_scale() == SCALE / 2
+
+
+def test_a_scaler_that_makes_whole_steps_has_to_be_known() -> None:
+    run = Run(WSAM, BASES["sgd"], scaler_of())
+    assert run.scaler is not None
+    before = weights(run)
+    run.backward()
+    run.optimizer.second_evaluation = run.backward
+    with pytest.raises(RuntimeError, match="set second_evaluation_scaler to the scaler"):
+        run.scaler.step(run.optimizer)
+    assert all(map(torch.equal, weights(run), before))
+
+
+def test_not_with_updates_in_the_backward() -> None:
+    run = Run(WSAM, BASES["sgd"], scaler_of())
+    run.optimizer.update_in_backward()
+    run.backward()
+    with pytest.raises(RuntimeError, match=r"given a scaler while update_in_backward\(\) is"):
+        run.optimizer.first_step(zero_grad=True, scaler=run.scaler)
+    assert not run.optimizer.is_perturbed

@@ -346,7 +346,8 @@ def combine(
     ]
     engine.lists.set_rows(scaled)
     engine.derive(scaled, method, shares)
-    engine.scale.forget(2)  # the sums have none
+    if total:
+        engine.scale.forget(2)  # the sums have none
     required = (1 << engine.read) - 1
     result = dict(total)
     for tensors, backend in engine.lists:

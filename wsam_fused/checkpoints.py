@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wsam_fused.base_rules import BaseRule
 from wsam_fused.distributed import is_dtensor, local_of
 from wsam_fused.precision import LOW_PRECISION, MASTER_KEY, Precision
+
+if TYPE_CHECKING:
+    from wsam_fused.method_optimizer import MethodOptimizer
 
 
 def without_unused_buffers(
@@ -76,6 +80,26 @@ def keep_wide_states(
                 dtype = torch.float32 if is_master else precision.state_dtype(param.dtype)
                 wide = value.detach().to(param.device, dtype, copy=True)
                 optimizer.state[param][key] = wide
+
+
+def create_state(optimizer: MethodOptimizer) -> bool:
+    """Create the whole state, if that is what a step without closure is for.
+
+    ``torch.distributed.checkpoint`` wants a state to load into and makes an optimizer that has none
+    step with gradients of 0 and a learning rate of 0.
+
+    Returns:
+        Whether it is that.
+    """
+    if not is_request_for_state(optimizer.param_groups, optimizer.state):
+        return False
+    if optimizer._rule_class is None:
+        optimizer._base.step()
+        return True
+    for tensors in optimizer._current_engine().lists.lists:
+        if tensors.key.rule == BaseRule.MOMENTUM:  # it counts as used, as in torch
+            tensors.steps.fill_(1.0)
+    return True
 
 
 def is_request_for_state(groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:

@@ -280,25 +280,6 @@ class MethodOptimizer(Optimizer):
             self._base.param_groups = self.param_groups
             self._base.state = self.state
 
-    def _create_state(self) -> bool:
-        """Create the whole state, if that is what a step without closure is for.
-
-        ``torch.distributed.checkpoint`` wants a state to load into and makes an optimizer that has
-        none step with gradients of 0 and a learning rate of 0.
-
-        Returns:
-            Whether it is that.
-        """
-        if not checkpoints.is_request_for_state(self.param_groups, self.state):
-            return False
-        if self._rule_class is None:
-            self._base.step()
-            return True
-        for tensors in self._current_engine().lists.lists:
-            if tensors.key.rule == BaseRule.MOMENTUM:  # it counts as used, as in torch
-                tensors.steps.fill_(1.0)
-        return True
-
     # ---- private -----------------------------------------------------------------------------
 
     @classmethod

@@ -8,15 +8,15 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from wsam_fused.base_rules import device_learning_rate
+from wsam_fused.call_by_call import StepsCallByCall
+from wsam_fused.checkpoints import create_state
 from wsam_fused.engine import StepEngine
 from wsam_fused.in_backward import InBackwardUpdate
 from wsam_fused.leftover_gradients import LeftoverGradients
 from wsam_fused.loss_scale import ScaledSteps
 from wsam_fused.method_keys import STEP
-from wsam_fused.method_optimizer import MethodOptimizer
 from wsam_fused.microbatches import step_with_microbatches
 from wsam_fused.plan import Point
 from wsam_fused.replicas import complete_apart
@@ -26,7 +26,7 @@ from wsam_fused.second_evaluation import SecondEvaluation, step_with_second_eval
 Closure = Callable[[], Any]
 
 
-class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
+class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
     """Base class: everything but the row of coefficients.
 
     A step evaluates the gradient at w and at perturbed neighbours, then restores w and updates it
@@ -40,8 +40,6 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
     required: ClassVar[int] = 0b11
     # Whether step() takes a list of closures, one for each micro-batch.
     takes_microbatches: ClassVar[bool] = False
-    # What methods without the two-call form say.
-    instead_of_calls: ClassVar[str | None] = None
     # Neither copied nor saved with the optimizer.
     _second_evaluation: SecondEvaluation | None = None
 
@@ -235,29 +233,6 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
         self.last.set_losses(losses[0], losses[1] if len(losses) > 1 else None)
         return losses[0]
 
-    def same_randomness(self) -> AbstractContextManager[None]:
-        """Let the evaluations of a step call by call draw the same random numbers.
-
-        Around the first evaluation it remembers the state of torch's default generators, of the CPU
-        and of the parameters' CUDA devices. Around a later one it draws from that state, and puts
-        the generators back afterwards, also after an exception: they go on as if only the first
-        evaluation had drawn. All backward calls of an evaluation belong into one block.
-
-        Raises:
-            RuntimeError: On entry: the first evaluation was not made within it, or this one was
-                already; or a CUDA graph is being captured.
-
-        Example:
-            >>> model = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout())
-            >>> opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
-            >>> for call in (opt.first_step, opt.second_step):
-            ...     with opt.same_randomness():
-            ...         model(torch.ones(8, 3)).square().mean().backward()
-            ...     call(zero_grad=True)
-        """
-        self._require_calls("same_randomness()")
-        return self._replay.evaluation(self._read_so_far(), self._params())
-
     def update_in_backward(self) -> InBackwardUpdate:
         """Update every parameter within the backward of a step's last evaluation.
 
@@ -297,12 +272,6 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
             self._engine.abandon()
 
     # ---- parts of a step, for the methods that order them otherwise --------------------------
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _read_so_far(self) -> int:
-        return 0 if self._engine is None else self._engine.read
 
     def _evaluation(self, number: int) -> AbstractContextManager[object]:
         """Surround an evaluation that the step makes itself, 0 for the one at w."""
@@ -383,7 +352,7 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
         """Complete the step in progress, or make one with ``second_evaluation``."""
         if self.is_perturbed:
             (self.second_step if self.evaluations == 2 else self.third_step)()
-        elif self._create_state():
+        elif create_state(self):
             return
         elif self.second_evaluation is not None:
             step_with_second_evaluation(self, self.second_evaluation)
@@ -398,10 +367,6 @@ class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
     @cached_property
     def _leftovers(self) -> LeftoverGradients:
         return LeftoverGradients()
-
-    def _require_calls(self, what: str) -> None:
-        if self.instead_of_calls is not None:
-            raise RuntimeError(f"{type(self).__name__} has no {what}; {self.instead_of_calls}")
 
     def _require_replay(self, evaluation: int, what: str) -> None:
         if self._replay_rng and not self._replay.has(evaluation):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wsam_fused.arguments import whole_number
 from wsam_fused.autocast import forget_casts
+from wsam_fused.checkpoints import create_state
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 from wsam_fused.plan import Point
 from wsam_fused.row import BASE_ROW, Row
@@ -66,7 +67,7 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
         If it raises, the weights are restored and the state is untouched.
         """
-        if closure is None and not self.is_perturbed and self._create_state():
+        if closure is None and not self.is_perturbed and create_state(self):
             return None  # see SharpnessAwareOptimizer.step
         if not callable(closure):
             name = type(self).__name__

@@ -30,7 +30,7 @@ from wsam_fused.arguments import choice
 from wsam_fused.averages import Averages, Total, is_distributed
 from wsam_fused.backends import BACKENDS
 from wsam_fused.distributed import is_dtensor
-from wsam_fused.microbatches import combine, poison_of, update_with_h
+from wsam_fused.means import combine, poison_of, update_with_h
 from wsam_fused.plan import Slot, addresses_of
 
 if TYPE_CHECKING:

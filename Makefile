@@ -34,6 +34,7 @@ bench: environment
 	$(RUN) -m benchmarks.bench_methods
 	$(RUN) -m benchmarks.bench_host
 	$(RUN) -m benchmarks.bench_training_memory
+	$(RUN) -m benchmarks.bench_precision
 	$(RUN) -m benchmarks.readme
 
 wheel: environment

@@ -22,8 +22,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from benchmarks.bench_memory import recorded_peak
 from benchmarks.common import RESULTS, environment
+from benchmarks.recorded_memory import peak_of
 from wsam_fused import WSAM
 
 Mode = tuple[torch.dtype, dict[str, Any], bool]
@@ -80,7 +80,7 @@ def memory(mode: Mode) -> tuple[float, float]:
                     param.grad = torch.full_like(param, 0.01)
                 call(zero_grad=True)
 
-    peak = recorded_peak(steps)
+    peak = peak_of(steps)
     states = [s for entry in optimizer.state_dict()["state"].values() for s in entry.values()]
     kept = sum(s.numel() * s.element_size() for s in states if s.dim() > 0)
     return kept / count, peak / count
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(arguments)
-    where = environment("python -m benchmarks.bench_precision")
+    where = environment("make bench")
     rows = [{**row, **where} for row in measure(options.steps, options.seeds)]
     path = RESULTS / "cpu-precision.csv"
     with path.open("w", newline="") as file:

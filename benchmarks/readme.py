@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.bench_precision import table as precision_table
 from benchmarks.checks import outcomes
 from benchmarks.common import RESULTS, ROOT, Row, read_rows
 from benchmarks.methods.results import summary
@@ -28,19 +29,23 @@ _OTHERS = {
 
 
 def blocks(
-    results: Path = RESULTS / "cpu-step.csv", memory: Path = RESULTS / "cpu-training-memory.csv"
+    results: Path = RESULTS / "cpu-step.csv",
+    memory: Path = RESULTS / "cpu-training-memory.csv",
+    precision: Path = RESULTS / "cpu-precision.csv",
 ) -> dict[str, str]:
     """Return the text of every marked block of the README.
 
     Args:
         results: The result file of the step benchmark.
         memory: That of the memory of training steps.
+        precision: That of 16-bit parameters.
     """
     rows = read_rows(results)
     return {
         "headline": _headline(rows),
         "figures": _figures(rows),
         "training memory": memory_summary(read_rows(memory)),
+        "precision": precision_table(read_rows(precision)),
     }
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 PAGE = (Path(__file__).parents[1] / "docs" / "use_with.md").read_text()
+# Sections whose code needs several processes or a GPU.
+NOT_RUN = ("DistributedDataParallel", "FSDP2 and tensor parallelism", "CUDA graphs")
 LIBRARIES = ("accelerate", "lightning", "timm", "transformers")
 
 pytestmark = [
@@ -33,6 +35,8 @@ def blocks() -> list[Any]:
         title = section.partition("\n")[0]
         codes = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
         assert codes, f"{title} has no code"
+        if title in NOT_RUN:
+            continue
         found += [pytest.param(code, id=f"{title}-{i}") for i, code in enumerate(codes)]
     return found
 

@@ -8,6 +8,7 @@
 
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 
 #include "plan.h"
 
@@ -19,6 +20,7 @@ WSAM_HOST_DEVICE double fused_multiply_add(double a, double b, double c) { retur
 WSAM_HOST_DEVICE float square_root(float x) { return ::sqrtf(x); }
 WSAM_HOST_DEVICE double square_root(double x) { return ::sqrt(x); }
 WSAM_HOST_DEVICE bool is_finite(double x) { return ::isfinite(x); }
+WSAM_HOST_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 #else
 WSAM_HOST_DEVICE float fused_multiply_add(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
@@ -29,6 +31,11 @@ WSAM_HOST_DEVICE double fused_multiply_add(double a, double b, double c) {
 WSAM_HOST_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
 WSAM_HOST_DEVICE double square_root(double x) { return __builtin_sqrt(x); }
 WSAM_HOST_DEVICE bool is_finite(double x) { return std::isfinite(x); }
+WSAM_HOST_DEVICE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 #endif
 template <typename T>
 WSAM_HOST_DEVICE T larger(T a, T b) {

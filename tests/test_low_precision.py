@@ -18,7 +18,10 @@ NAMES = [
     if torch.bfloat16 in backend.DTYPES and backend.unavailable() is None
 ]
 
-pytestmark = pytest.mark.parametrize("dtype", LOW, ids=["bfloat16", "float16"])
+pytestmark = [
+    pytest.mark.parametrize("dtype", LOW, ids=["bfloat16", "float16"]),
+    pytest.mark.filterwarnings("ignore:gradients are float16"),
+]
 BACKEND = pytest.mark.parametrize("name", NAMES)
 
 

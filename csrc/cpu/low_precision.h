@@ -17,11 +17,6 @@ enum class Low { kBFloat16, kHalf };
 // multiple of the 32 elements of a word of noise.
 constexpr int64_t kBlock = 512;
 
-WSAM_HOST_DEVICE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
 WSAM_HOST_DEVICE float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);

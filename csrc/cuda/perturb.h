@@ -1,6 +1,11 @@
 // perturb_ on a GPU: what cpu/perturb.cpp states. Computes in float32 (float64 for float64
 // parameters) and rounds once, when it stores.
+//
+// Moves 3 elements per parameter (reads w and g1, writes p), 4 where a backup is written. For
+// parameters of 16 bits that is 8 bytes, with a backup as with w in float32.
 #pragma once
+
+#include <type_traits>
 
 #include "../math.h"
 #include "vector.h"
@@ -8,9 +13,10 @@
 
 namespace wsam_fused {
 
-// Puts w back: w = fma(-s, g1, p), or the backup (then `scale` is 0 and `source` is the backup).
-template <int width, typename P, typename G, typename T>
-WSAM_HOST_DEVICE void restore(P* p, const P* source, const G* g1, T scale,
+// Puts w back: w = fma(-s, g1, p), or the backup or the float32 weights (then `scale` is 0, and
+// `source` is these).
+template <int width, typename P, typename W, typename G, typename T>
+WSAM_HOST_DEVICE void restore(P* p, const W* source, const G* g1, T scale,
                               const Piece<width>& piece) {
   T from[width], g[width];
   load(source, piece, from);
@@ -22,18 +28,21 @@ WSAM_HOST_DEVICE void restore(P* p, const P* source, const G* g1, T scale,
   store(p, piece, from);
 }
 
-template <typename P, typename G, Geometry geometry>
+// W is the type of w where it is kept: that of p, or float32 besides a p of 16 bits. These weights
+// are always w, so that nothing but p is written.
+template <typename P, typename W, typename G, Geometry geometry>
 struct Perturb {
   using T = typename ComputeType<P>::type;
-  static constexpr int kWidth = vector_width(sizeof(P));
+  static constexpr bool kHasMaster = !std::is_same_v<P, W>;
+  static constexpr int kWidth = vector_width(sizeof(W));
   static constexpr int kBlocksPerProcessor = 5;
 
   struct Slot {
     Place place;
     P* p;
     const G* g1;      // null: a tensor that stays, or noise
-    P* source;        // where w is taken from: p or the backup
-    P* backup;        // where w is kept; null: it is not
+    const W* source;  // where w is taken from: p, the backup or the float32 weights
+    W* backup;        // where w is kept; null: it is not
     T from, to, eta;  // `from` is 0 where the source holds w itself
     uint32_t noise;
     bool moves, aligned;
@@ -65,12 +74,15 @@ struct Perturb {
     slot.p = start<P>(plan, kParam, tensor, slot.place);
     slot.g1 = geometry == kNoise ? nullptr : start<const G>(plan, kGrad1, tensor, slot.place);
     slot.moves = geometry == kNoise || step.at == kProbe || slot.g1;
-    P* const backup = has_backup ? start<P>(plan, kBackup, tensor, slot.place) : nullptr;
-    slot.backup = step.at == kWeights ? backup : nullptr;
-    slot.source = step.at == kWeights || !backup ? slot.p : backup;
+    W* const backup = has_backup ? start<W>(plan, kBackup, tensor, slot.place) : nullptr;
+    slot.backup = step.at == kWeights && !kHasMaster ? backup : nullptr;
+    slot.source = backup;
+    if constexpr (!kHasMaster) {
+      if (step.at == kWeights || !backup) slot.source = slot.p;
+    }
     slot.from = backup ? T(0) : scale_at<T>(step.at, scalars, group);
     slot.to = scale_at<T>(target, scalars, group);
-    slot.eta = T(group[kEta]);
+    slot.eta = T(scaled_eta(geometry, scalars, group));
     if constexpr (geometry == kNoise) {
       slot.noise = noise_of_tensor(scalars[kSeed], plan.at(kKey, tensor));
     }
@@ -112,7 +124,7 @@ struct Perturb {
       for (int k = 0; k < width; ++k) w[k] = recomputed(w[k], g[k], slot.from);
     }
     // First the copy: it may take the memory of g1.
-    if (slot.backup) store(slot.backup, piece, w);
+    if (!kHasMaster && slot.backup) store(slot.backup, piece, w);
     WSAM_UNROLL
     for (int k = 0; k < width; ++k) w[k] = perturbed<geometry>(w[k], g[k], slot.to, slot.eta);
     store(slot.p, piece, w);

@@ -25,7 +25,8 @@ struct Sums {
 // What the first of the two sums is of: g^2, M(w, g) g^2 or g1 g.
 enum class Pairing { kNone, kAdaptive, kFisher, kWithFirst };
 
-// P is the type of w or g1, where they are read; else that of g.
+// P is the type of w (float32 for parameters of 16 bits that have such weights) or g1, where they
+// are read; else that of g.
 template <typename P, typename G, Pairing pairing>
 struct Reduce {
   using T = typename ComputeType<P>::type;
@@ -48,14 +49,15 @@ struct Reduce {
   double* scalars;
   double* flags;
   TableRow gradient;
+  TableRow other;  // where w or g1 is
   bool accumulate;
 
   WSAM_HOST_DEVICE void fill(Slot& slot, int64_t chunk, int64_t tensor) const {
     slot.place = place_of(plan, chunk, tensor);
     slot.g = start<const G>(plan, gradient, tensor, slot.place);
-    constexpr TableRow kOther = pairing == Pairing::kWithFirst ? kGrad1 : kParam;
-    slot.other = kReadsOther ? start<const P>(plan, kOther, tensor, slot.place) : nullptr;
-    slot.eta = groups[plan.at(kGroup, tensor) * kGroupColumns + kEta];
+    constexpr int64_t kGeometry = pairing == Pairing::kFisher ? kFisher : kAdaptive;
+    slot.other = kReadsOther ? start<const P>(plan, other, tensor, slot.place) : nullptr;
+    slot.eta = scaled_eta(kGeometry, scalars, groups + plan.at(kGroup, tensor) * kGroupColumns);
     slot.aligned = is_aligned<kWidth>(slot.g) && is_aligned<kWidth>(slot.other);
   }
 

@@ -1,17 +1,29 @@
-// update_ on a GPU: what cpu/update.cpp states. Parameters and gradients may be of low precision,
-// states are float32 (float64 for float64 parameters), as is the arithmetic; every result is
+// update_ on a GPU: what cpu/update.cpp states. Parameters, gradients and states may be of low
+// precision; the arithmetic is float32 (float64 for float64 parameters), and every result is
 // rounded once, when it is stored.
+//
+// Moves 8 elements per parameter with Adam (reads w, g1, g2 and two states, writes w and these), 6
+// with momentum, one more with float32 weights besides p.
 #pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
 
 #include "perturb.h"
 
 namespace wsam_fused {
 
-template <typename P, typename G, BaseRule rule>
+using torch::headeronly::BFloat16;
+
+// W is the type of w where it is kept: that of p, or float32 besides a p of 16 bits; S is that of
+// the states. A type for each, and no branch where they are loaded: see vector.h.
+template <typename P, typename W, typename S, typename G, BaseRule rule>
 struct Update {
   using T = typename ComputeType<P>::type;
+  static constexpr bool kHasMaster = !std::is_same_v<P, W>;
   static constexpr int kStates = state_count(rule);
-  static constexpr int kWidth = vector_width(kStates > 0 ? sizeof(T) : sizeof(P));
+  // With two states a vector has four elements at most: for eight there are too few registers.
+  static constexpr size_t kOfState = kStates > 1 ? sizeof(float) : kStates > 0 ? sizeof(S) : 0;
+  static constexpr int kWidth = vector_width(kOfState > sizeof(W) ? kOfState : sizeof(W));
   // 4 of 8: at most 64 registers, half of the threads that a multiprocessor holds.
   static constexpr int kBlocksPerProcessor = sizeof(T) == sizeof(float) ? 4 : 2;
 
@@ -20,17 +32,19 @@ struct Update {
   struct Slot {
     Place place;
     P* p;
-    const P* source;  // where w is restored from: p or the backup
+    W* source;  // where w is: p, the backup or the float32 weights
     G* g[3];
-    T* state[3];
+    S* state[3];
     int64_t group;
     float age;
-    T perturbation;  // of the group
-    T scale;         // of the perturbation to be undone, 0 if source holds w itself
+    uint32_t chance;  // see chance_at()
+    T perturbation;   // of the group
+    T scale;          // of the perturbation to be undone, 0 if source holds w itself
     Coefficients<T> row;
     RuleScalars<T> base;
     Work work;
     bool aligned;
+    bool keeps_point;  // with float32 weights: the update starts from p
 
     // Shared memory begins with anything; fill() keeps scalars that fit the next tensor too.
     WSAM_HOST_DEVICE void forget() { group = -1; }
@@ -43,6 +57,7 @@ struct Update {
   float* steps;
   int evaluations, required, checked;
   bool has_backup, keep_point, count_skipped;
+  int64_t rounding_seed;
 
   struct Step {
     bool active, skipped;
@@ -62,6 +77,10 @@ struct Update {
     slot.work = update ? kUpdate : perturbed ? kRestore : kLeave;
     if (slot.work == kLeave) return;
     fill_scalars(slot, plan.at(kGroup, tensor), steps[tensor], step.at);
+    slot.keeps_point = kHasMaster && update && keep_point && step.at != kWeights;
+    if (rounding_seed >= 0) {
+      slot.chance = chance_of_tensor(rounding_seed, plan.at(kKey, tensor), slot.age);
+    }
     fill_addresses(slot, tensor, perturbed && !(update && keep_point));
   }
 
@@ -122,7 +141,11 @@ struct Update {
 
   WSAM_HOST_DEVICE void fill_addresses(Slot& slot, int64_t tensor, bool restores) const {
     slot.p = start<P>(plan, kParam, tensor, slot.place);
-    slot.source = restores && has_backup ? start<P>(plan, kBackup, tensor, slot.place) : slot.p;
+    if constexpr (kHasMaster) {
+      slot.source = start<W>(plan, kBackup, tensor, slot.place);
+    } else {
+      slot.source = restores && has_backup ? start<W>(plan, kBackup, tensor, slot.place) : slot.p;
+    }
     slot.scale = restores && !has_backup ? slot.perturbation : T(0);
     bool aligned = is_aligned<kWidth>(slot.p) && is_aligned<kWidth>(slot.source);
     // A gradient that is not used is read from the place of one that is, and moves nothing.
@@ -135,7 +158,7 @@ struct Update {
                             slot.row.h[0] != T(0) || slot.row.d[0] != T(0);
     if (!first_used) slot.g[0] = slot.g[1];
     for (int k = 0; k < kStates; ++k) {
-      slot.state[k] = start<T>(plan, TableRow(kState1 + k), tensor, slot.place);
+      slot.state[k] = start<S>(plan, TableRow(kState1 + k), tensor, slot.place);
       aligned = aligned && is_aligned<kWidth>(slot.state[k]);
     }
     slot.aligned = aligned;
@@ -154,6 +177,7 @@ struct Update {
       if (evaluations == 3) load(slot.g[2], piece, x3);
       WSAM_UNROLL
       for (int s = 0; s < kEarly; ++s) load(slot.state[s], piece, state[s]);
+      if (kHasMaster && slot.keeps_point) load(slot.p, piece, w);
       WSAM_UNROLL
       for (int k = 0; k < width; ++k) {
         if (slot.scale != T(0)) w[k] = recomputed(w[k], x1[k], slot.scale);
@@ -170,9 +194,29 @@ struct Update {
       for (int s = kEarly; s < kStates; ++s) load(slot.state[s], piece, state[s]);
       step_rule(slot, w, h, d, state);
     }
-    store(slot.p, piece, w);
+    round(slot, slot.p, 0, piece, w);
+    if constexpr (kHasMaster) store(slot.source, piece, w);
     WSAM_UNROLL
-    for (int s = 0; s < kStates; ++s) store(slot.state[s], piece, state[s]);
+    for (int s = 0; s < kStates; ++s) round(slot, slot.state[s], s + 1, piece, state[s]);
+  }
+
+  // Stores the operand of this number (see chance_at()): to nearest, or by chance.
+  template <int width, typename Storage>
+  WSAM_HOST_DEVICE void round(const Slot& slot, Storage* to, uint32_t operand,
+                              const Piece<width>& piece, const T (&values)[width]) const {
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+      if (rounding_seed >= 0) {
+        const uint32_t first = uint32_t(slot.place.begin) + uint32_t(piece.begin);
+        Packed<BFloat16, width> packed;
+        WSAM_UNROLL
+        for (int k = 0; k < width; ++k) {
+          const uint32_t chance = chance_at(slot.chance, operand, first + uint32_t(k));
+          packed.values[k].x = rounded_by_chance(bits_of(values[k]), chance);
+        }
+        return store_packed(in_global_memory(to + piece.begin), packed);
+      }
+    }
+    store(to, piece, values);
   }
 
   template <int width>

@@ -24,9 +24,7 @@ from cases import (
     set_gradients,
     step,
 )
-from cases import (
-    call as hand_over,
-)
+from cases import call as hand_over
 from comparison import run_both
 
 from wsam_fused import SAM, WSAM
@@ -131,6 +129,35 @@ def test_has_the_bits_of_the_cpu_kernels(
 ) -> None:
     """All round every operation alike; only the float64 sums are added in another order."""
     compare_bits("cpu", name, "bsam-as-published", BASES[base], dtype, **kept(keeping, dtype))
+
+
+@FUSED
+@DTYPE
+def test_noise_goes_from_the_float32_weights(dtype: torch.dtype, name: str) -> None:
+    """Which no method asks for yet."""
+    moved = []
+    for backend in (name, "eager"):
+        torch.manual_seed(0)
+        params = parameters("awkward", dtype, device_of(name))
+        optimizer = SAM(params, BASES["sgd"], backend=backend, master_weights=True)
+        engine = optimizer._begin_without_gradients()
+        engine.lists.set_rows([row._replace(delta=0.25) for row in engine.lists.primary.rows])
+        masters = [optimizer.state[param][MASTER_KEY] for param in params]
+        with torch.no_grad():
+            for param, master in zip(params, masters, strict=True):
+                param.round_()  # so that no sum is rounded but when it is stored
+                master.copy_(param + 2.0**-12)
+            before = [master.clone() for master in masters]
+            engine.probe(12345)
+            moved.append([param.detach().clone() for param in params])
+            for param, w in zip(params, before, strict=True):
+                low, high = ((w + z * 0.25).to(dtype) for z in (-1.0, 1.0))
+                assert ((param == low) | (param == high)).all()
+            engine.return_to_weights()
+        for param, master, w in zip(params, masters, before, strict=True):
+            assert torch.equal(master, w)
+            assert torch.equal(param, w.to(dtype))
+    assert all(torch.equal(p, expected) for p, expected in zip(*moved, strict=True))
 
 
 @FUSED

@@ -71,5 +71,9 @@ def test_nothing_is_left_behind(test: Any, keeping: str) -> None:
     test(keeping, BF16, NAME)
 
 
+def test_noise_goes_from_the_float32_weights() -> None:
+    precision.test_noise_goes_from_the_float32_weights(BF16, NAME)
+
+
 def test_what_others_write_to_a_parameter_is_followed() -> None:
     precision.test_what_others_write_to_a_parameter_is_followed(BF16, NAME)

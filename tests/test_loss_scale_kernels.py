@@ -16,6 +16,7 @@ from interpreted_steps import NAME, few
 from torch import Tensor
 
 from wsam_fused.backends import BACKENDS
+from wsam_fused.plan import INVERSE_SCALES, Slot
 
 TRITON = interpreted.interpreted_backend()
 NAMES = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
@@ -62,8 +63,8 @@ class Stepped:
 
         def begin_scaled(**arguments: Any) -> Any:
             engine = begin(**arguments)
-            if any(scaled):
-                engine.set_loss_scale(torch.tensor(SCALE, device=engine.scalars.device))
+            for shared in engine.lists.shared.values():
+                shared.scalars[INVERSE_SCALES] = 1.0 / SCALE if any(scaled) else 1.0
             return engine
 
         self.optimizer._begin = begin_scaled
@@ -75,8 +76,8 @@ class Stepped:
             assert param.grad is not None
             # Small enough that float16 holds their multiples.
             param.grad.mul_(2.0**-4 * (SCALE if self.scaled[evaluation] else 1.0))
-        if any(self.scaled) and not self.scaled[evaluation]:
-            self.optimizer._engine.forget_loss_scale(evaluation)
+        if evaluation and not self.scaled[evaluation]:
+            self.optimizer._engine.scalars[Slot.INV_SCALE1 + evaluation] = 1.0
         call(self.optimizer, evaluation)
 
     def step(self, number: int) -> list[Tensor]:
@@ -130,8 +131,7 @@ def test_what_somebody_else_has_found_skips_the_step(name: str) -> None:
     stepped.step(0)
     before = [param.detach().clone() for param in stepped.params] + stepped.states()
     stepped.evaluate(1, 0)
-    engine = stepped.optimizer._engine
-    engine.set_found_inf(torch.ones((), device=engine.scalars.device))
+    stepped.optimizer._engine.scalars[Slot.FOUND_INF] = 1.0
     stepped.evaluate(1, 1)
     after = [param.detach() for param in stepped.params] + stepped.states()
     assert all(torch.equal(tensor, w) for tensor, w in zip(after, before, strict=True))

@@ -3,6 +3,7 @@
 # make test    run the tests
 # make parity  run the tests that compare methods and write what they find into docs/methods.md
 # make bench   measure against the other implementations (on a GPU: benchmarks/gpu_report.sh)
+# make wheel   build a wheel and a source distribution into dist/ (README.md: Install)
 # make lint    check formatting, style and types        make format  apply the formatting
 #
 # Every target sets up what it needs and may be run again. A torch that the active environment
@@ -16,7 +17,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.
 PARITY_TESTS := $(addprefix tests/test_,golden.py update.py per_sample.py microbatches.py \
 	triton_interpreted.py)
 
-.PHONY: demo test parity bench lint format environment clean
+.PHONY: demo test parity bench wheel lint format environment clean
 
 demo: environment
 	$(RUN) -m benchmarks.demo $(if $(METHOD),--method $(METHOD))
@@ -32,7 +33,11 @@ bench: environment
 	$(RUN) -m benchmarks.bench_step
 	$(RUN) -m benchmarks.bench_methods
 	$(RUN) -m benchmarks.bench_host
+	$(RUN) -m benchmarks.bench_training_memory
 	$(RUN) -m benchmarks.readme
+
+wheel: environment
+	. $(STAMP) && .ci/wheel "$$ENVIRONMENT_PYTHON" dist
 
 lint: environment
 	$(RUN) -m ruff check .
@@ -49,4 +54,4 @@ environment:
 	@PYTHON="$(PYTHON)" .ci/environment $(STAMP)
 
 clean:
-	rm -rf build .venv wsam_fused/_*.so *.egg-info
+	rm -rf build dist .venv wsam_fused/_*.so *.egg-info

@@ -22,9 +22,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 TARGET_TORCH = "0x020b000000000000"  # 2.11
 STABLE_ABI = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DTORCH_STABLE_ONLY"]
+# A wheel does not say where it was built: no debug information, and only the ends of the paths in
+# the error messages of torch's headers.
+# The last one that fits counts.
+NO_PATHS = ["-g0", *(f"-ffile-prefix-map={path}=." for path in (ROOT, *include_paths()))]
 CUDA_LIBRARY = "wsam_fused._cuda"
 ARCHITECTURES = ("80", "90", "100", "120")
 
@@ -48,6 +52,7 @@ def cpu_extension() -> Extension:
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 *STABLE_ABI,
+                *NO_PATHS,
                 "-DPy_LIMITED_API=0x030A0000",
             ]
         },
@@ -104,6 +109,7 @@ CUDA_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-DUSE_CUDA",
     *STABLE_ABI,
+    *(f"-Xcompiler={flag}" for flag in NO_PATHS),
 ]
 
 
@@ -125,39 +131,47 @@ class Build(BuildExtension):
             if extension.name == CUDA_LIBRARY:
                 self._build_cuda(extension)
                 return
-        # What an earlier build left would be loaded beside other operations than its own.
-        for stale in ROOT.glob("wsam_fused/_cuda*.so"):
-            stale.unlink()
+        if self.inplace:
+            # What an earlier build left would be loaded beside other operations than its own.
+            for stale in ROOT.glob("wsam_fused/_cuda*.so"):
+                stale.unlink()
 
     def _build_cuda(self, extension: Extension) -> None:
         nvcc = find_nvcc()
         assert nvcc is not None  # else there is no such extension
         target = Path(self.get_ext_fullpath(extension.name))
         folder = Path(self.build_temp) / "cuda"
+        library = folder / target.name
         flags = [*CUDA_FLAGS, *architecture_flags(nvcc)]
         stamp = folder / "flags"
         sources = [*extension.sources, *extension.depends, str(ROOT / "setup.py")]
-        if target.exists() and stamp.exists() and stamp.read_text() == " ".join(flags):
-            newest = max(map(os.path.getmtime, sources))
-            if target.stat().st_mtime > newest:
-                return
-        folder.mkdir(parents=True, exist_ok=True)
+        newest = max(map(os.path.getmtime, sources))
+        current = stamp.exists() and stamp.read_text() == " ".join(flags)
+        if not (current and library.exists() and library.stat().st_mtime > newest):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._compile_cuda(nvcc, flags, extension.sources, library)
+            stamp.write_text(" ".join(flags))
+        # The same library serves the tree and a wheel: compiling it takes minutes.
         target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(library), str(target))
+
+    def _compile_cuda(self, nvcc: str, flags: list[str], sources: list[str], library: Path) -> None:
         includes = [f"-I{path}" for path in include_paths()]
-        objects = [str(folder / f"{Path(source).stem}.o") for source in extension.sources]
+        objects = [str(library.parent / f"{Path(source).stem}.o") for source in sources]
 
         def compile_one(source: str, made: str) -> None:
             self._run([nvcc, *flags, *includes, "-c", source, "-o", made])
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(compile_one, extension.sources, objects))
+            list(pool.map(compile_one, sources, objects))
         # CUDA's runtime is linked in: torch may bring another version. libtorch itself needs
         # whatever torch was built with, so that its CUDA functions are found at run time although
         # the torch of this build may not have them.
         libraries = [f"-L{path}" for path in library_paths()]
         libraries += ["-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-        self._run([nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(target)])
-        stamp.write_text(" ".join(flags))
+        # There is nothing to link on the device, and that step would note the paths.
+        options = ["-shared", "-nodlink", "-cudart=static"]
+        self._run([nvcc, *options, *objects, *libraries, "-o", str(library)])
 
     def _run(self, command: list[str]) -> None:
         self.announce(" ".join(command), level=2)

@@ -11,10 +11,7 @@ is subtracted.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import FULL, Shape, count_of, shapes_of
 from benchmarks.contenders import BASES, CONTENDERS, Base, Contender, Plain
+from benchmarks.recorded_memory import peak_of
 
 
 @dataclass(frozen=True)
@@ -51,31 +49,16 @@ def measure(contender: type[Contender], base: Base, shapes: Sequence[Shape]) -> 
 
 def _run(contender: type[Contender], base: Base, shapes: Sequence[Shape]) -> tuple[int, int]:
     params = [nn.Parameter(torch.full(shape, 0.02)) for shape in shapes]
-    gc.collect()
-    gc.disable()  # the recording makes many objects, each collection looks at all of them
-    try:
-        with _no_messages(), torch.autograd.profiler.profile(profile_memory=True) as recording:
-            one = contender(params, base)
-            for _ in range(2):
-                training_step(one, params)
-    finally:
-        gc.enable()
-    state = sum(t.numel() * t.element_size() for t in _tensors(one.state_dict()) if t.dim() > 0)
-    return _peak(recording), state
+    made = []
 
+    def steps() -> None:
+        made.append(contender(params, base))
+        for _ in range(2):
+            training_step(made[0], params)
 
-@contextlib.contextmanager
-def _no_messages() -> Iterator[None]:
-    """The profiler's library writes a line at every start and stop, past Python."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+    peak = peak_of(steps)
+    kept = [t for t in _tensors(made[0].state_dict()) if t.dim() > 0]
+    return peak, sum(t.numel() * t.element_size() for t in kept)
 
 
 def training_step(contender: Contender, params: Sequence[nn.Parameter]) -> None:
@@ -86,16 +69,6 @@ def training_step(contender: Contender, params: Sequence[nn.Parameter]) -> None:
         for param in params:
             param.grad = torch.full_like(param, 0.01)
         half()
-
-
-def _peak(recording: Any) -> int:
-    events = [e for e in recording.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    alive = peak = 0
-    for event in events:
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.checks import outcomes
 from benchmarks.common import RESULTS, ROOT, Row, read_rows
 from benchmarks.methods.results import summary
+from benchmarks.training_memory import summary as memory_summary
 
 README = ROOT / "README.md"
 METHODS = ROOT / "docs" / "methods.md"
@@ -26,14 +27,21 @@ _OTHERS = {
 }
 
 
-def blocks(results: Path = RESULTS / "cpu-step.csv") -> dict[str, str]:
+def blocks(
+    results: Path = RESULTS / "cpu-step.csv", memory: Path = RESULTS / "cpu-training-memory.csv"
+) -> dict[str, str]:
     """Return the text of every marked block of the README.
 
     Args:
         results: The result file of the step benchmark.
+        memory: That of the memory of training steps.
     """
     rows = read_rows(results)
-    return {"headline": _headline(rows), "figures": _figures(rows)}
+    return {
+        "headline": _headline(rows),
+        "figures": _figures(rows),
+        "training memory": memory_summary(read_rows(memory)),
+    }
 
 
 def method_blocks(results: Path = RESULTS / "cpu-methods.csv") -> dict[str, str]:

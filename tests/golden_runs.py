@@ -13,7 +13,8 @@ from torch import Tensor
 from wsam_fused import BSAM, ESAM, GSAM, RWSAM, SAM, WSAM
 
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-CASES = [case for case in INDEX["cases"] if case["problem"] != "toy"]
+RANK_CASES = [case for case in INDEX["cases"] if "ranks" in case]
+CASES = [case for case in INDEX["cases"] if case["problem"] != "toy" and "ranks" not in case]
 TOY_CASES = [case for case in INDEX["cases"] if case["problem"] == "toy"]
 
 
@@ -57,9 +58,9 @@ class ReplayedRWSAM(RWSAM):
         return losses
 
 
-def make_optimizer(case: dict[str, Any], problem: Problem, backend: str) -> Any:
+def make_optimizer(case: dict[str, Any], problem: Problem, backend: str, **options: Any) -> Any:
     hyper, base = case["hyper"], case["base"]
-    options: dict[str, Any] = {
+    options |= {
         "max_grad_norm": hyper.get("max_norm"),
         "eps": hyper.get("eps", 1e-12),
         "every": hyper.get("interval", 1),
@@ -119,7 +120,11 @@ def label(case: dict[str, Any]) -> tuple[str, str]:
 def trajectory(case: dict[str, Any], dtype: torch.dtype, backend: str) -> np.ndarray:
     """Run the case and return the parameters after the recorded steps."""
     problem = Problem(case["problem"], dtype)
-    optimizer = make_optimizer(case, problem, backend)
+    return train(case, problem, make_optimizer(case, problem, backend))
+
+
+def train(case: dict[str, Any], problem: Problem, optimizer: Any) -> np.ndarray:
+    """Make the steps of a case and return the parameters after the recorded ones."""
     steps = array(case["name"], "steps")
     keys = ["lr", "rho"] + ["rho_min"] * (case["method"] in ("bsam", "bsam_asrun"))
     values = {key: array(case["name"], key) for key in keys}

@@ -112,7 +112,8 @@ def test_gradient_flows_give_the_same_result(flow: str, backend: str) -> None:
         closure = closure_of(optimizer)
         if current == "left over":  # a backward before step(closure), as some READMEs have it
             closure()
-            optimizer.step(functools.partial(closure_without_clearing, closure_of))
+            with pytest.warns(UserWarning, match="backward before step.closure. is wasted"):
+                optimizer.step(functools.partial(closure_without_clearing, closure_of))
         elif current == "zeroed":  # zero_grad(set_to_none=False) inside the closure
             optimizer.step(functools.partial(zeroing_closure, optimizer, closure_of))
         elif current == "kept and cleared":

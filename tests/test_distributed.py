@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
+from processes import run_ranks
+from tolerances import REPLICAS, close
 from torch.nn.parallel import DistributedDataParallel
 
 from wsam_fused import GSAM, SAM, WSAM
@@ -47,37 +45,29 @@ def problem() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     return model.double(), torch.randn(8, 5).double(), torch.randn(8, 2).double()
 
 
-def worker(rank: int, store: str, as_views: bool, method: str, parts: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    model, x, y = problem()
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=as_views)
-    # Every rank takes its share of every micro-batch.
-    x, y = (torch.cat([t.chunk(RANKS)[rank] for t in whole.chunk(parts)]) for whole in (x, y))
-    results[rank] = train(parallel, x, y, method, parts).tolist()
-    dist.destroy_process_group()
+def worker(rank: int, cases: list[tuple[bool, str, int]]) -> list[torch.Tensor]:
+    found = []
+    for as_views, method, parts in cases:
+        model, x, y = problem()
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=as_views)
+        # Every rank takes its share of every micro-batch.
+        x, y = (torch.cat([t.chunk(RANKS)[rank] for t in whole.chunk(parts)]) for whole in (x, y))
+        found.append(train(parallel, x, y, method, parts))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("as_views", "method", "parts"),
-    [
+def test_data_parallel_equals_one_process() -> None:
+    """Bucket views are overwritten by the second backward, so that g1 must have been copied."""
+    cases = [
         (False, "wsam", 1),
         (True, "wsam", 1),
         (False, "gsam", 1),
         (False, "sam", 2),
         (True, "wsam", 2),
         (True, "gsam", 2),
-    ],
-)
-def test_data_parallel_equals_one_process(
-    as_views: bool, method: str, parts: int, tmp_path: Path
-) -> None:
-    """Bucket views are overwritten by the second backward, so that g1 must have been copied."""
-    results = torch.multiprocessing.get_context("spawn").Manager().dict()
-    torch.multiprocessing.spawn(
-        worker, args=(str(tmp_path / "store"), as_views, method, parts, results), nprocs=RANKS
-    )
-    expected = train(*problem(), method, parts)
-    for rank in range(RANKS):
-        found = torch.tensor(results[rank], dtype=torch.float64)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    ]
+    results = run_ranks(worker, RANKS, cases)
+    for number, (_, method, parts) in enumerate(cases):
+        expected = train(*problem(), method, parts)
+        for found in results:
+            close(found[number], expected, REPLICAS, f"{method}, {parts} parts")

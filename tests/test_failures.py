@@ -118,8 +118,9 @@ def test_an_instance_has_to_fit() -> None:
 
 
 def test_a_backend_that_does_not_support_the_parameters_is_an_error() -> None:
-    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="backend 'cpu' supports float32, float64 parameters"):
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.float8_e4m3fn), requires_grad=False)
+    supported = "float32, float64, bfloat16, float16"
+    with pytest.raises(ValueError, match=f"backend 'cpu' supports {supported} parameters"):
         SAM([param], SGD, lr=0.1, backend="cpu")
 
 

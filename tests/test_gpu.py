@@ -54,7 +54,6 @@ METHODS_AND_OPTIONS = pytest.mark.parametrize(
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-@pytest.mark.filterwarnings("ignore:gradients are float16")
 @METHODS_AND_OPTIONS
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_step_never_waits(
@@ -72,7 +71,6 @@ def test_a_step_never_waits(
     assert not torch.equal(before[0], training.params[0])
 
 
-@pytest.mark.filterwarnings("ignore:gradients are float16")
 @METHODS_AND_OPTIONS
 def test_a_captured_step_equals_an_uncaptured_one(options: dict[str, Any], backend: str) -> None:
     lr = torch.tensor(0.01, device="cuda")

@@ -34,9 +34,6 @@ PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float16-narrow": (torch.float16, {"state_dtype": "parameter"}),
 }
 
-# Of the small float16 gradients here nothing is lost.
-pytestmark = pytest.mark.filterwarnings("ignore:gradients are float16")
-
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,10 @@ NAMES = [
     if torch.bfloat16 in backend.DTYPES and backend.unavailable() is None
 ]
 
-pytestmark = [
-    pytest.mark.parametrize("dtype", LOW, ids=["bfloat16", "float16"]),
-    pytest.mark.filterwarnings("ignore:gradients are float16"),
-]
+pytestmark = pytest.mark.parametrize("dtype", LOW, ids=["bfloat16", "float16"])
 BACKEND = pytest.mark.parametrize("name", NAMES)
-# Whose kernels read gradients that are lower than the parameters, without a copy.
-LOWER = pytest.mark.parametrize(
-    "name", [name for name in NAMES if BACKENDS[name].GRADIENT_DTYPES.get(torch.float32)]
+READS_LOWER = pytest.mark.parametrize(
+    "name", [name for name in NAMES if BACKENDS[name].GRADIENT_DTYPES]
 )
 
 
@@ -86,7 +82,7 @@ def test_gradients_of_two_dtypes_in_one_step(
         )
 
 
-@LOWER
+@READS_LOWER
 def test_failing_to_widen_gradients_restores_the_weights(
     dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +107,7 @@ def test_failing_to_widen_gradients_restores_the_weights(
         assert ((param - w).abs() <= unit).all()
 
 
-@LOWER
+@READS_LOWER
 def test_low_precision_gradients_are_not_copied(dtype: torch.dtype, name: str) -> None:
     params = parameters("unaligned", torch.float32, device_of(name))
     optimizer = METHODS["wsam"](params, BASES["adamw"], rho=0.1, backend=name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,29 +11,39 @@ import torch
 from cases import METHODS
 from torch import Tensor
 
-from benchmarks.bench_memory import _no_messages, _peak
+from benchmarks.recorded_memory import peak_of
 from wsam_fused import ESAM, RWSAM
 
 TENSORS, SIZE = 40, 10_000  # a backward of one tensor needs three more of its size
 CLOSURES = ["sam", "wsam", "coupled", "gsam", "gnp"]
 
 
-def peak(make: Callable[..., Any], what: Callable[[list[Any], Any], Any], **options: Any) -> float:
+def peak(
+    make: Callable[..., Any],
+    what: Callable[[list[Any], Any], Any],
+    *,
+    in_backward: bool = False,
+    **options: Any,
+) -> float:
     """Return the peak of a step: scratch, and all gradients but one list.
 
     Args:
         make: The method.
         what: Gives what ``step`` is given.
+        in_backward: Update within the backward.
         options: Of the method.
     """
     params = [torch.nn.Parameter(torch.full((SIZE,), 0.1)) for _ in range(TENSORS)]
     optimizer = make(params, functools.partial(torch.optim.SGD, lr=0.1), **options)
+    if in_backward:
+        optimizer.update_in_backward()
     given = what(params, optimizer)
-    gc.collect()  # what other tests left is not freed meanwhile
-    with _no_messages(), torch.autograd.profiler.profile(profile_memory=True) as recording:
+
+    def steps() -> None:
         for _ in range(3):  # from the first step on: what is kept between steps counts
             optimizer.step(given)
-    return _peak(recording) / (4 * TENSORS * SIZE) - 1.0
+
+    return peak_of(steps) / (4 * TENSORS * SIZE) - 1.0
 
 
 def closure(params: list[Any], optimizer: Any) -> Callable[[], Tensor]:
@@ -102,3 +111,22 @@ def test_methods_with_losses_of_samples(make: Callable[..., Any], lists: int) ->
 @pytest.mark.parametrize("method", CLOSURES)
 def test_micro_batches_take_at_most_one_list_more(method: str) -> None:
     assert peak(METHODS[method], closures) <= peak(METHODS[method], closure) + 1.0 + 0.25
+
+
+@pytest.mark.parametrize(
+    ("method", "geometry", "lists"),
+    [
+        *((name, "euclidean", 0) for name in CLOSURES if name != "gsam"),
+        ("sam", "adaptive", 0),  # the copy of w is in the memory of g1
+        ("wsam", "adaptive", 1),
+    ],
+)
+def test_updates_in_the_backward_keep_one_list_less(method: str, geometry: str, lists: int) -> None:
+    """What is left are both gradients of one tensor, and what its backward needs."""
+    found = peak(METHODS[method], closure, in_backward=True, geometry=geometry)
+    assert found == pytest.approx(lists, abs=0.2)
+
+
+@pytest.mark.parametrize("make", [functools.partial(ESAM, beta=1.0), RWSAM], ids=["ESAM", "RWSAM"])
+def test_updates_in_the_backward_of_losses_of_samples(make: Callable[..., Any]) -> None:
+    assert peak(make, losses_fn, in_backward=True) == pytest.approx(0, abs=0.25)

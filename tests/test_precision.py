@@ -43,8 +43,6 @@ DTYPE = pytest.mark.parametrize("dtype", LOW, ids=["bfloat16", "float16"])
 
 KEPT = pytest.mark.parametrize("keeping", KEEPING)
 
-pytestmark = pytest.mark.filterwarnings("ignore:gradients are float16")
-
 
 def kept(keeping: str, dtype: torch.dtype) -> dict[str, Any]:
     if keeping not in keepings_of(dtype):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import io
 from typing import Any
@@ -110,9 +109,8 @@ def test_a_state_of_the_wrong_shape_is_refused_before_anything_changes(backend: 
     params = parameters("unaligned", torch.float64)
     optimizer = WSAM(params, BASES["adamw"], backend=backend)
     step(optimizer, params, 0)
-    saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][1]["exp_avg"] = torch.zeros(3)
-    optimizer.load_state_dict(saved)
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(3)
+    optimizer._engine.lists.stale = True
     before = flat(params).clone()
     set_gradients(params, 5)
     with pytest.raises(ValueError, match=r"state 'exp_avg' is \(3,\), expected .* \(1023,\)"):

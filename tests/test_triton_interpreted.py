@@ -38,7 +38,6 @@ from wsam_fused.plan import TableRow
 BACKEND = interpreted.interpreted_backend()
 
 _REASON = BACKEND.unavailable()
-pytestmark = pytest.mark.filterwarnings("ignore:gradients are float16")
 # What no interpreter is needed for runs everywhere.
 interpreter = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 

@@ -23,10 +23,7 @@ BACKEND = interpreted.interpreted_backend()
 _REASON = BACKEND.unavailable()
 BF16 = torch.bfloat16
 
-pytestmark = [
-    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
-    pytest.mark.filterwarnings("ignore:gradients are float16"),
-]
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 needs_one_rounding = pytest.mark.skipif(
     not rounds_once(), reason="this interpreter rounds a multiply-add twice"
 )

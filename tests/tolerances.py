@@ -44,6 +44,17 @@ PERTURBED = {
     torch.float16: Tolerance(rtol=2**-10, atol=2e-7),
 }
 
+# A few float64 steps in several processes against the same in one: means over ranks are summed up
+# in another order, which changes gradients of the size of 1 by some u. RWSAM divides differences of
+# losses by delta = 1e-3, which makes that 1e3 u = 1e-13 of what it weighs (found: 7e-15), the
+# others do not (found: 4e-16).
+REPLICAS = Tolerance(rtol=1e-13, atol=2e-14)
+# Four steps in float64 in which the mean gradient of a batch, and norms, are summed in another
+# order (over ranks, over parts): 16 samples, 100 parameters, so 1e-14 of the largest gradient of a
+# step; the weights and moments of later steps carry it on, with factors up to 10 (WSAM's weight of
+# g2 - g1, Adam's quotient of small moments).
+TRAJECTORY = Tolerance(rtol=1e-12, atol=1e-13)
+
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, what: str) -> None:
     """Assert closeness, saying what differs."""

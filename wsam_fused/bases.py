@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from wsam_fused.base_rules import has_fused_update
 from wsam_fused.groups import check_values
+from wsam_fused.zero_redundancy import check_steps
 
 _NEEDS_CLOSURE = (torch.optim.LBFGS,)
 _SPARSE_ONLY = (torch.optim.SparseAdam,)
@@ -83,6 +84,7 @@ def _check_supported(base: Optimizer) -> None:
         raise TypeError(f"base_optimizer is {name}, which needs sparse gradients; expected dense")
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("differentiable is True, expected False: the step is not differentiable")
+    check_steps(base)
 
 
 def _check_instance(base: Optimizer, params: list[Any], kwargs: dict[str, Any]) -> None:

@@ -9,24 +9,30 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wsam_fused.distributed import is_dtensor, local_of
 from wsam_fused.precision import LOW_PRECISION, MASTER_KEY, Precision
 
 
 def without_unused_buffers(
-    packed: dict[str, Any], params: Sequence[Tensor], step_counts: Mapping[Tensor, float]
+    packed: dict[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    step_counts: Mapping[Tensor, float],
 ) -> None:
     """Take momentum buffers out of a checkpoint that no step has used yet.
 
-    torch tells by this that the next step is the first, which is not dampened.
+    torch tells by this that the next step is the first, which is not dampened. Without dampening
+    the zeros say the same, and of a DTensor all ranks have to save the same.
 
     Args:
-        packed: The checkpoint; its entries are in the order of ``params``.
-        params: All parameters.
-        step_counts: Updates that each has had; one that is missing counts as updated.
+        packed: The checkpoint; its entries are in the order of the parameters.
+        groups: All parameter groups.
+        step_counts: Updates that each parameter has had; one that is missing counts as updated.
     """
-    for position, param in enumerate(params):
+    pairs = ((group, param) for group in groups for param in group["params"])
+    for position, (group, param) in enumerate(pairs):
         entry = packed["state"].get(position, {})
-        if "momentum_buffer" in entry and not step_counts.get(param, 1.0):
+        matters = bool(group.get("dampening")) and not is_dtensor(param)
+        if matters and "momentum_buffer" in entry and not step_counts.get(param, 1.0):
             packed["state"][position] = {**entry, "momentum_buffer": None}
 
 
@@ -70,3 +76,20 @@ def keep_wide_states(
                 dtype = torch.float32 if is_master else precision.state_dtype(param.dtype)
                 wide = value.detach().to(param.device, dtype, copy=True)
                 optimizer.state[param][key] = wide
+
+
+def is_request_for_state(groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+    """Whether a step would change nothing, and there is no state yet.
+
+    All learning rates are 0, and all gradients that can be are there and 0; waits for the device
+    only if the rates are.
+    """
+    params = [p for group in groups for p in group["params"] if p.requires_grad]
+    rates = [group.get("lr", 0.0) for group in groups]
+    return (
+        not state
+        and bool(params)
+        and not any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates)
+        and not any(map(float, rates))
+        and all(p.grad is not None and not bool(local_of(p.grad).any()) for p in params)
+    )

@@ -8,6 +8,10 @@ from typing import TypeVar
 COMMON_ARGUMENTS = """\
 params: Parameters, named parameters or parameter groups, as ``torch.optim`` takes them. A group
             may have its own values of the method's hyper-parameters and of the base optimizer's.
+            DTensors (``fully_shard``, tensor parallelism) are stepped by the parts that a rank has,
+            with norms over all ranks; then all parameters have to be DTensors. Weights that FSDP2
+            keeps gathered are gathered again after each move, if the optimizer is built from the
+            sharded module's parameters.
         base_optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW`` (fused update), any other
             ``torch.optim.Optimizer`` class whose ``step()`` needs no closure (stepped as it is), a
             ``functools.partial`` of a class, or an instance over the same parameters, whose groups
@@ -44,10 +48,34 @@ geometry: The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2):
         restore: ``"recompute"`` gets w back from p and g1 by one multiply-add, which costs no
             memory and is off by at most one unit in the last place of p, mostly by nothing.
             ``"backup"`` keeps a copy and is exact; it is taken without asking for other geometries
-            than the Euclidean and for 16-bit parameters.
+            than the Euclidean, for 16-bit parameters and with ``perturb_scope="local"``.
+        master_weights: Keep the weights of bfloat16 and float16 parameters in the state, in
+            float32 (``"master_weight"``): steps lose nothing, the parameters are their rounded
+            copy, and the perturbed evaluation needs no other. What somebody else writes to a
+            parameter is taken over.
+        state_dtype: Of the states of bfloat16 and float16 parameters: ``"float32"`` or
+            ``"parameter"``, which is theirs. Wider parameters have states of their own dtype.
+        stochastic_rounding: Round what is stored in bfloat16, parameters and states, up or down
+            with the probability that the value asks for, so that updates below half a spacing
+            are not lost. The choice follows from the parameter, its element and its step count:
+            replicas round alike. Not with ``master_weights``, nor for float16.
         backend: ``"auto"`` or the name of a backend (``python -m wsam_fused`` lists them).
         model: Keep the BatchNorm running statistics of this module out of the perturbed
             evaluations.
+        replay_rng: Let the perturbed evaluations draw the random numbers of the first one, such as
+            dropout masks, from torch's default generators (of the CPU and of the parameters' CUDA
+            devices; no others). The generators go on afterwards as if only the first evaluation had
+            drawn. Call by call, put each evaluation into ``with opt.same_randomness():``.
+        perturb_scope: Whose gradient perturbs the replicas of a data-parallel model. ``"global"``:
+            all perturb alike, by the averaged one. ``"local"``: each by that of its own batch, as
+            the papers' m-sharpness has it; the first evaluation is not averaged, and w is restored
+            from a copy, as with ``restore="backup"``, so that replicas stay equal bit by bit
+            (docs/methods.md says what is averaged). Needs ``model=`` with the
+            DistributedDataParallel module; or, call by call, a first forward and backward (for
+            GSAM and BSAM, which average their h, all of them) within its ``no_sync()``, unless
+            ``is_plain_step``.
+        process_group: The ranks that average with ``"local"``; those of ``model`` by default, or
+            all. Copies of the optimizer do not keep it.
         **base_kwargs: Arguments of the base optimizer's class, such as ``lr``.
 
     Raises:

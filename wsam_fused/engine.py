@@ -13,21 +13,18 @@ from wsam_fused.autocast import forget_casts
 from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import derived, with_the_perturbation_of
-from wsam_fused.foreign import gradients_for_step
+from wsam_fused.foreign import step_foreign
+from wsam_fused.gathered_weights import GatheredWeights
 from wsam_fused.gradients import Gradients, check_not_overwritten, walkable
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
+from wsam_fused.progress import UpdateProgress
+from wsam_fused.reductions import SLOTS, reduce
 from wsam_fused.row import Row
+from wsam_fused.step_scale import StepScale
 from wsam_fused.storage import follow_storage
 from wsam_fused.tensor_list import TensorList
 from wsam_fused.tensor_lists import TensorLists
 
-# Which slots one reduction gives, by evaluation.
-_SLOTS = (
-    slice(Slot.METRIC_SQ, Slot.GRAD1_SQ + 1),
-    slice(Slot.GRAD2_SQ, Slot.GRAD2_SQ + 1),
-    slice(Slot.GRAD3_SQ, Slot.GRAD3_SQ + 1),
-)
-_DOT = slice(Slot.DOT12, Slot.DOT12 + 1)
 _OVERWRITTEN = (
     "the second gradient of a parameter of shape {shape} was written over the first one, into "
     "memory that is kept for it (by a CUDA graph, say); the weights cannot be restored exactly. "
@@ -43,17 +40,17 @@ class StepEngine:
         check_all: Form the norm of every gradient, and skip a step in which one is not finite.
         reuse_first_gradient: Whether a backup of w may take the memory of g1.
         foreign: The base optimizer to be stepped where there is no fused update.
+        gathered: What modules have gathered of sharded parameters.
 
     Attributes:
         lists: The parameters.
         foreign: The base optimizer, where there is no fused update.
         at: The point where the parameters are, unless the norm of g1 is not finite.
         read: How many gradients of the step in progress have been taken over.
-        known: Of which of them the norms are known, 0 for g1; of the last step, if none is in
-            progress.
+        known: Of which of them the norms are known, 0 for g1; between steps, of the last one.
         knows_dot: Whether g1 . g2 is known, likewise.
-        checks_this_step: Form the norm of every gradient in the step in progress, whatever
-            ``check_all`` is.
+        progress: Of the update of the step in progress.
+        scale: Of the loss, in the step in progress.
     """
 
     def __init__(
@@ -63,17 +60,20 @@ class StepEngine:
         check_all: bool,
         reuse_first_gradient: bool,
         foreign: Optimizer | None,
+        gathered: GatheredWeights,
     ) -> None:
         self.lists = lists
         self.at = Point.WEIGHTS
         self.read = 0
         self.known: set[int] = set()
         self.knows_dot = False
+        self.progress = UpdateProgress()
         self._check_all = check_all
-        self._is_scaled = True  # tables that come from elsewhere may be
-        self.checks_this_step = False
+        self.scale = StepScale(lists)
         self._reuse_first_gradient = reuse_first_gradient
         self.foreign = foreign
+        self._gathered = gathered
+        self._has_gradients = True
 
     @property
     def pending(self) -> bool:
@@ -99,7 +99,8 @@ class StepEngine:
             were made; nothing has been taken then.
 
         Raises:
-            RuntimeError: No parameter has a gradient.
+            RuntimeError: No parameter has a gradient. Of sharded parameters another rank may have
+                some, which is known after :meth:`reduce`.
             TypeError: A gradient is sparse or complex.
         """
         taken: list[tuple[TensorList, Gradients]] = []
@@ -109,11 +110,10 @@ class StepEngine:
                 writes = self._writes_first_gradients(tensors)
                 gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
                 taken.append((tensors, gradients))
-            if all(grad is None for _, gradients in taken for grad in gradients.tensors):
-                count = sum(len(tensors.params) for tensors in self.lists.lists)
-                raise RuntimeError(
-                    f"none of the {count} parameters has a gradient; call backward() before"
-                )
+            grads = (grad for _, gradients in taken for grad in gradients.tensors)
+            self._has_gradients = any(grad is not None for grad in grads)
+            if not self._has_gradients and self.lists.over_ranks is None:
+                raise self._no_gradient()
         except BaseException:
             _give_back(taken)
             raise
@@ -127,6 +127,12 @@ class StepEngine:
         self.read = 1
         return True
 
+    def _no_gradient(self) -> RuntimeError:
+        count = sum(len(tensors.params) for tensors in self.lists.lists)
+        return RuntimeError(
+            f"none of the {count} parameters has a gradient; call backward() before"
+        )
+
     def read_next(self, *, take: bool = False, copy: bool = False) -> None:
         """Take over the gradients at the point where the parameters are.
 
@@ -138,43 +144,22 @@ class StepEngine:
             RuntimeError: A gradient has overwritten an earlier one, or a parameter has changed.
             TypeError: A gradient is sparse or complex.
         """
-        for tensors in self.lists.lists:
-            # The rule `none` writes h and d over the gradients.
-            writes = self.read == 1 and tensors.key.rule == BaseRule.NONE
-            gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
-            for earlier in tensors.addresses:
-                check_not_overwritten(tensors.params, earlier, gradients.addresses, _OVERWRITTEN)
-            if gradients.moved:
-                self._follow_storage(tensors, same_layout=True)
-            self._bind(tensors, self.read, gradients)
-            if gradients.dtype != tensors.grad_dtype:
-                self.widen_gradients(tensors)
+        for tensors, _ in self.lists:
+            self.read_list(tensors, take=take, copy=copy)
         self.read += 1
 
-    # ---- gradients that are multiplied by a loss scale ---------------------------------------
-
-    def set_loss_scale(self, scale: Tensor | None) -> None:
-        """Say what the gradients of the step in progress are multiplied by; None for nothing."""
-        if scale is None and not self._is_scaled:
-            return
-        for shared in self.lists.shared.values():
-            shared.set_loss_scale(scale)
-        self._is_scaled = scale is not None
-
-    def forget_loss_scale(self, evaluation: int) -> None:
-        """Say that the gradients of one evaluation are not multiplied by it any more."""
-        for shared in self.lists.shared.values():
-            shared.scalars[Slot.INV_SCALE1 + evaluation] = 1.0
-
-    def set_found_inf(self, found: Tensor) -> None:
-        """Say whether somebody else saw a gradient that is not finite: a scalar, not 0 if so."""
-        for shared in self.lists.shared.values():
-            shared.scalars[Slot.FOUND_INF].copy_(found, non_blocking=True)
-
-    def found_inf(self) -> Tensor:
-        """Whether a norm that is known is not finite: a float32 scalar, 1 if so, else 0."""
-        slots = [self.scalars[_SLOTS[evaluation]] for evaluation in sorted(self.known)]
-        return (~torch.isfinite(torch.cat(slots))).any().to(torch.float32)
+    def read_list(self, tensors: TensorList, *, take: bool = False, copy: bool = False) -> None:
+        """Take over those of one list; see :meth:`read_next`."""
+        # The rule `none` writes h and d over the gradients.
+        writes = self.read == 1 and tensors.key.rule == BaseRule.NONE
+        gradients = tensors.reader.read(take=take, copy=copy, writes=writes)
+        for earlier in tensors.addresses:
+            check_not_overwritten(tensors.params, earlier, gradients.addresses, _OVERWRITTEN)
+        if gradients.moved:
+            self.follow_storage(tensors, same_layout=True)
+        self._bind(tensors, self.read, gradients)
+        if gradients.dtype != tensors.grad_dtype:
+            self.widen_gradients(tensors)
 
     def _bind(self, tensors: TensorList, evaluation: int, gradients: Gradients) -> None:
         tensors.grads[evaluation] = gradients.tensors
@@ -199,6 +184,15 @@ class StepEngine:
             tensors.grads[evaluation] = grads
             BACKENDS[tensors.key.backend].bind(tensors, evaluation, addresses)
 
+    def all_known_are_finite(self) -> Tensor:
+        """Whether the norms that are known are finite, a scalar on the device.
+
+        Also what others have found counts, see :meth:`StepScale.set_found_inf`.
+        """
+        slots = [self.scalars[SLOTS[evaluation]] for evaluation in sorted(self.known)]
+        found = self.scalars[Slot.FOUND_INF] != 0
+        return ~found if not slots else torch.isfinite(torch.cat(slots)).all() & ~found
+
     def forget_norms(self) -> None:
         """Do not tell the norms of this step: they are of something else than gradients."""
         self.known, self.knows_dot = set(), False
@@ -206,20 +200,17 @@ class StepEngine:
     # ---- the operations ----------------------------------------------------------------------
 
     def reduce(self, evaluation: int, *, with_first: bool = False) -> None:
-        """Form the norm of the gradients of one evaluation, and their dot product with g1."""
-        begun = set()
-        for tensors, backend in self.lists:
-            backend.reduce(
-                tensors,
-                evaluation,
-                with_first=with_first,
-                accumulate=tensors.key.device in begun,
-            )
-            begun.add(tensors.key.device)
-        self.lists.sum_over_devices(_SLOTS[evaluation])
-        if with_first:
-            self.lists.sum_over_devices(_DOT)
-            self.knows_dot = True
+        """Form the norm of the gradients of one evaluation, and their dot product with g1.
+
+        Raises:
+            RuntimeError: No parameter has a gradient at w on any rank.
+        """
+        has_gradients = self._has_gradients
+        exist = reduce(self.lists, evaluation, with_first=with_first, has_gradients=has_gradients)
+        # Only a rank without gradients has to know, and waits, whether others have some.
+        if exist is not None and evaluation == 0 and not has_gradients and not bool(exist):
+            raise self._no_gradient()
+        self.knows_dot = self.knows_dot or with_first
         self.known.add(evaluation)
 
     def move_to(self, target: Point) -> None:
@@ -241,20 +232,22 @@ class StepEngine:
         if target == Point.WEIGHTS:
             for tensors in self.lists.lists:
                 tensors.drop_backups()
-        forget_casts()
+        self._forget_copies()
 
     def return_to_weights(self) -> None:
         """Move the parameters back to w, wherever their memory is by now."""
-        for tensors in self.lists.lists:
+        for tensors, _ in self.lists:
             if tensors.reader.moved():
-                self._follow_storage(tensors, same_layout=False)
+                self.follow_storage(tensors, same_layout=False)
         self._tell_autograd()
         self.move_to(Point.WEIGHTS)
 
     def _tell_autograd(self) -> None:
         """Let autograd know that what it saved of the parameters is about to be outdated."""
-        for tensors in self.lists.lists:
+        for tensors, _ in self.lists:
             increment_version(tensors.params)
+            if tensors.key.sharding is not None:
+                increment_version(tensors.owners)
 
     def probe(self, seed: int) -> None:
         """Move the parameters along noise, without a gradient.
@@ -287,14 +280,23 @@ class StepEngine:
             required: Bit k: a parameter that has no gradient k + 1 is not updated.
             keep_point: Start from where the parameters are and not from w.
         """
+        if not self.progress.has_coefficients:
+            rows = self.begin_update(rows, rates)
+        self.derive(rows, method)
+        for tensors, _ in self.lists:
+            self.update_list(tensors, required=required, keep_point=keep_point)
+        self.at = Point.WEIGHTS
+        if self.foreign is not None:
+            step_foreign(self, self.foreign, rows, rates, required)
+        self.finish()
+
+    def begin_update(self, rows: list[GroupRow], rates: list[Tensor | None]) -> list[GroupRow]:
+        """Bring the coefficients up to date and return them; see :meth:`update`."""
         if self.at != Point.WEIGHTS:
             rows = with_the_perturbation_of(self.lists.primary.rows, rows)
-        self._set_rows(rows, rates)
-        self.derive(rows, method)
-        self._apply(required=required, keep_point=keep_point)
-        if self.foreign is not None:
-            self._step_foreign(self.foreign, rows, rates, required)
-        self.finish()
+        self.set_rows(rows, rates)
+        self.progress.has_coefficients = True
+        return rows
 
     def derive(
         self, rows: list[GroupRow], method: Sequence[Row], shares: Sequence[float] | None = None
@@ -309,7 +311,7 @@ class StepEngine:
         derives = any(row.derive is not None for row in method)
         needs_dot = any(row.needs_dot for row in method)
         for evaluation in range(self.read):
-            checks = self._check_all or self.checks_this_step or derives
+            checks = self._check_all or self.progress.checks_all or derives
             if evaluation not in self.known and checks:
                 self.reduce(evaluation, with_first=needs_dot and evaluation == 1)
         if derives:
@@ -321,96 +323,60 @@ class StepEngine:
                     found = [{n: each * c for n, c in row.items()} for row, each in pairs]
                 shared.set_derived(found)
 
-    def _set_rows(self, rows: list[GroupRow], rates: list[Tensor | None]) -> None:
+    def set_rows(self, rows: list[GroupRow], rates: list[Tensor | None]) -> None:
+        """Bring the group tables up to date."""
         self.lists.set_rows(rows)
         for shared in self.lists.shared.values():
             shared.set_learning_rates(rates)
 
-    def _apply(self, *, required: int, keep_point: bool = False) -> None:
-        first = True
-        for tensors, backend in self.lists:
-            backend.update(
-                tensors,
-                tensors.key.rule,
-                self.read,
-                required=required,
-                checked=sum(1 << evaluation for evaluation in self.known),
-                keep_point=keep_point,
-                count_skipped=first,
-            )
-            first = False
-        self.at = Point.WEIGHTS
-
-    def _step_foreign(
-        self,
-        foreign: Optimizer,
-        rows: list[GroupRow],
-        rates: list[Tensor | None],
-        required: int,
-    ) -> None:
-        """Step the base optimizer with h, then subtract lr * d; the rule `none` left h and d."""
-        params = [param for tensors in self.lists.lists for param in tensors.params]
-        h = [
-            _first_of(tensors, i) if tensors.has_gradients(i, required) else None
-            for tensors in self.lists.lists
-            for i in range(len(tensors.params))
-        ]
-        with gradients_for_step(params, h):
-            # The one place that waits for the device: a foreign step cannot be skipped on it.
-            slots = [self.scalars[_SLOTS[evaluation]] for evaluation in self.known]
-            if self._is_scaled:
-                slots.append(1.0 / (1.0 - self.scalars[Slot.FOUND_INF :][:1].clamp(max=1.0)))
-            if slots and not bool(torch.isfinite(torch.cat(slots)).all()):
-                return
-            foreign.step()
-        if not any(any(row.d) for row in rows):
-            return
-        plain = {"sign": 1.0, "h1": 0.0, "h2": 1.0, "h3": 0.0, "d1": 0.0, "d2": 0.0, "d3": 0.0}
-        self._set_rows([row._replace(**plain, max_norm=-1.0) for row in rows], rates)
-        for tensors, backend in self.lists:
-            if tensors.reader.moved():  # some optimizers rebind `.data`
-                self._follow_storage(tensors, same_layout=True)
-            backend.update(
-                tensors,
-                BaseRule.SGD,
-                self.read,
-                required=required,
-                checked=0,  # it would not have come here
-                keep_point=False,
-                count_skipped=False,
-            )
+    def update_list(self, tensors: TensorList, *, required: int, keep_point: bool) -> None:
+        """Restore and update one list with the gradients that it has; see :meth:`update`."""
+        counts = tensors.shared is self.lists.primary and not self.progress.has_counted
+        BACKENDS[tensors.key.backend].update(
+            tensors,
+            tensors.key.rule,
+            len(tensors.addresses),
+            required=required,
+            checked=sum(1 << evaluation for evaluation in self.known),
+            keep_point=keep_point,
+            count_skipped=counts,
+        )
+        self.progress.has_counted |= counts
 
     # ---- the end -----------------------------------------------------------------------------
 
     def abandon(self) -> None:
         """Put the weights back if they are somewhere else, and forget the step."""
+        failed = self.pending
         try:
             if self.at != Point.WEIGHTS:
                 self.return_to_weights()
         finally:
             self.finish()
+            if failed:
+                self._gathered.forget_failed()
 
     def finish(self) -> None:
         """Forget the gradients and the copies of a step."""
-        forget_casts()
+        self._forget_copies()
         self.at = Point.WEIGHTS
         self.read = 0
-        self.checks_this_step = False
+        self.progress = UpdateProgress()
         for tensors in self.lists.lists:
             tensors.release()
 
-    def _follow_storage(self, tensors: TensorList, *, same_layout: bool) -> None:
+    def _forget_copies(self) -> None:
+        """Let others forget what they have made of the weights, which are elsewhere now."""
+        forget_casts()
+        self._gathered.forget()
+
+    def follow_storage(self, tensors: TensorList, *, same_layout: bool) -> None:
+        """Go on with parameters whose memory was exchanged since they were perturbed."""
         stale = self.lists.stale or tensors.reader.layouts() != tensors.reader.noted_layouts
         self.lists.stale = True  # should it fail
         follow_storage(tensors, same_layout=same_layout)
         self.lists.stale = stale
         BACKENDS[tensors.key.backend].refresh(tensors)
-
-
-def _first_of(tensors: TensorList, index: int) -> Tensor | None:
-    """Where the rule `none` has written h for a parameter."""
-    g1 = tensors.grads[0][index]
-    return tensors.grads[1][index] if g1 is None else g1
 
 
 def _give_back(taken: Sequence[tuple[TensorList, Gradients]]) -> None:

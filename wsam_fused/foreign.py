@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from wsam_fused.backends import BACKENDS
+from wsam_fused.base_rules import BaseRule
+from wsam_fused.distributed import like
+from wsam_fused.plan import GroupRow
+from wsam_fused.tensor_list import TensorList
+
+if TYPE_CHECKING:
+    from wsam_fused.engine import StepEngine
 
 
 @contextmanager
@@ -30,3 +41,55 @@ def gradients_for_step(params: Sequence[Tensor], grads: Sequence[Tensor | None])
         for param, dtype in asked:
             param.grad = None
             param.grad_dtype = dtype
+
+
+def step_foreign(
+    engine: StepEngine,
+    foreign: Optimizer,
+    rows: list[GroupRow],
+    rates: list[Tensor | None],
+    required: int,
+) -> None:
+    """Step a base optimizer with h, then subtract lr * d; the rule `none` left h and d.
+
+    Args:
+        engine: Has restored w.
+        foreign: The base optimizer.
+        rows: One per group.
+        rates: Learning rates that only a device knows.
+        required: Bit k: a parameter that has no gradient k + 1 is not updated.
+    """
+    params = [param for tensors in engine.lists.lists for param in tensors.owners]
+    h = [
+        like(param, _first_of(tensors, i)) if tensors.has_gradients(i, required) else None
+        for tensors in engine.lists.lists
+        for i, param in enumerate(tensors.owners)
+    ]
+    with gradients_for_step(params, h):
+        # The one place that waits for the device: a foreign step cannot be skipped on it.
+        if not bool(engine.all_known_are_finite()):
+            return
+        foreign.step()
+    if not any(any(row.d) for row in rows):
+        return
+    plain = {"sign": 1.0, "h1": 0.0, "h2": 1.0, "h3": 0.0, "d1": 0.0, "d2": 0.0, "d3": 0.0}
+    engine.set_rows([row._replace(**plain, max_norm=-1.0) for row in rows], rates)
+    with engine.scale.taken_out():
+        for tensors in engine.lists.lists:
+            if tensors.reader.moved():  # some optimizers rebind `.data`
+                engine.follow_storage(tensors, same_layout=True)
+            BACKENDS[tensors.key.backend].update(
+                tensors,
+                BaseRule.SGD,
+                engine.read,
+                required=required,
+                checked=0,  # it would not have come here
+                keep_point=False,
+                count_skipped=False,
+            )
+
+
+def _first_of(tensors: TensorList, index: int) -> Tensor | None:
+    """Where the rule `none` has written h for a parameter."""
+    g1 = tensors.grads[0][index]
+    return tensors.grads[1][index] if g1 is None else g1

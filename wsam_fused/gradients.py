@@ -99,7 +99,7 @@ class GradientReader:
                 self.give_back(usual if take else [])
                 raise
             return Gradients(usual, self._dtype, self._addresses, moved=False)
-        found = [param.grad for param in self._params]
+        found = self._found()
         for param, grad in zip(self._params, found, strict=True):
             _check_gradient(param, grad)
         dtype = self._dtype = self._common_dtype(found)
@@ -112,9 +112,15 @@ class GradientReader:
         self._addresses.copy_(addresses_of(usable))
         moved = self.moved()
         if take:
-            for param in self._params:
-                param.grad = None
+            self._take()
         return Gradients(usable, dtype, self._addresses, moved)
+
+    def _found(self) -> list[Tensor | None]:
+        return [param.grad for param in self._params]
+
+    def _take(self) -> None:
+        for param in self._params:
+            param.grad = None
 
     def _make_private(self, grads: list[Tensor | None], *, taken: bool, written: bool) -> None:
         """Replace gradients whose memory is not theirs alone by copies.

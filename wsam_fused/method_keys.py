@@ -15,6 +15,8 @@ _DEFAULT_ETA = {"euclidean": 0.0, "adaptive": 0.01, "fisher": 1.0}
 
 # Where a group counts its steps. No base optimizer has a key of that name.
 STEP = "sam_step"
+# Where it says of which method it is.
+METHOD = "sam_method"
 
 
 class MethodKeys:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,17 +15,32 @@ from wsam_fused import backends, checkpoints
 from wsam_fused.arguments import choice, number, whole_number
 from wsam_fused.base_rules import BaseRule, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
+from wsam_fused.checkpoint_checks import check_fits, check_states
+from wsam_fused.distributed import check_distributed, local_of
 from wsam_fused.engine import StepEngine
+from wsam_fused.gathered_weights import GatheredWeights
 from wsam_fused.groups import check_values, group_row
+from wsam_fused.in_backward import InBackwardUpdate
 from wsam_fused.kept_memory import KeptSums
-from wsam_fused.method_keys import GEOMETRIES, STEP, MethodKeys, geometry_of, without_weight
+from wsam_fused.method_keys import (
+    GEOMETRIES,
+    METHOD,
+    STEP,
+    MethodKeys,
+    geometry_of,
+    without_weight,
+)
 from wsam_fused.model_state import FrozenBatchNorm
 from wsam_fused.parameters import check_params, check_separate
 from wsam_fused.plan import GroupRow, Slot
 from wsam_fused.precision import Precision
+from wsam_fused.random_state import Replay
+from wsam_fused.replicas import Replicas
 from wsam_fused.row import Row
 from wsam_fused.telemetry import LastStep
 from wsam_fused.tensor_lists import GroupKind, TensorLists
+from wsam_fused.tracing import keep_untraced
+from wsam_fused.zero_redundancy import check_not_inside, is_zero_redundancy
 
 # What __getstate__ of torch.optim.Optimizer leaves out, and a copy of this optimizer needs.
 _OWN_ATTRIBUTES = (
@@ -39,6 +56,8 @@ _OWN_ATTRIBUTES = (
     "_every",
     "_backend",
     "_batch_norm",
+    "_replay_rng",
+    "_replicas",
 )
 
 
@@ -54,6 +73,8 @@ class MethodOptimizer(Optimizer):
     uses_first_gradient: ClassVar[bool] = True
     # Which of the method's hyper-parameters may be schedules.
     scheduled: ClassVar[tuple[str, ...]] = ("rho",)
+    # The handle while parameters are updated within the backward; a copy has none.
+    _in_backward: InBackwardUpdate | None = None
 
     def __init__(
         self,
@@ -75,6 +96,9 @@ class MethodOptimizer(Optimizer):
         stochastic_rounding: bool = False,
         backend: str = "auto",
         model: nn.Module | None = None,
+        replay_rng: bool = False,
+        perturb_scope: str = "global",
+        process_group: dist.ProcessGroup | None = None,
         **base_kwargs: Any,
     ) -> None:
         """Validate everything and take over the base optimizer's groups and state.
@@ -82,6 +106,7 @@ class MethodOptimizer(Optimizer):
         ``own`` has the values of the method's group keys; for the other arguments see
         :mod:`wsam_fused.documentation`, whose text the methods show.
         """
+        check_not_inside(type(self).__name__)
         self._max_norm = -1.0
         if max_grad_norm is not None:
             self._max_norm = number("max_grad_norm", max_grad_norm, 0.0, low_included=False)
@@ -93,6 +118,9 @@ class MethodOptimizer(Optimizer):
         self._every = whole_number("every", every, 1)
         self._backend = choice("backend", backend, backends.names())
         self._batch_norm = FrozenBatchNorm(model)
+        self._replay_rng = bool(replay_rng)
+        self._replay = Replay()
+        self._replicas = Replicas(perturb_scope, process_group, model)
         own = {**own, **geometry_of(geometry, eta, adaptive=bool(adaptive))}
         base, self._rule_class = resolve(params, base_optimizer, base_kwargs)
         self._method_keys = MethodKeys(own, self.scheduled, base.defaults)
@@ -101,9 +129,12 @@ class MethodOptimizer(Optimizer):
         self._captured_engines: list[StepEngine] = []
         self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows: list[GroupRow] = []
+        self._gathered = GatheredWeights()
         self._carried_counts: dict[Tensor, float] = {}
         self.last = LastStep()
-        super().__init__(base.param_groups, {**base.defaults, **self._method_keys.defaults()})
+        defaults = {**self._method_keys.defaults(), METHOD: self._method_name()}
+        super().__init__(base.param_groups, {**base.defaults, **defaults})
+        keep_untraced(type(self))
         self._adopt(base)
 
     def _adopt(self, base: Optimizer) -> None:
@@ -155,12 +186,15 @@ class MethodOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         self._method_keys.take_schedules(group)
         self._check_values(group)
-        check_params(group["params"])
-        check_separate(param for one in self.param_groups for param in one["params"])
+        check_distributed(self.param_groups)
+        self._replicas.check_params(group["params"])
+        check_params(list(map(local_of, group["params"])))
+        check_separate(local_of(param) for one in self.param_groups for param in one["params"])
+        self._gathered.find(group["params"])
         if self._only_weights:
             without_weight(group)
         for param in group["params"]:
-            backends.select(self._backend, param.device, param.dtype)
+            backends.select(self._backend, local_of(param).device, param.dtype)
             self._precision.check(param, has_fused_update=self._rule_class is not None)
 
     def _check_values(self, group: dict[str, Any]) -> None:
@@ -193,10 +227,11 @@ class MethodOptimizer(Optimizer):
             RuntimeError: The weights are perturbed.
         """
         self._require_idle("state_dict()")
+        if is_zero_redundancy(self._base):  # its state is on all ranks; consolidate_state_dict()
+            return self._base.state_dict()
         packed = super().state_dict()
         if self._rule_class is not None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            checkpoints.without_unused_buffers(packed, params, self._step_counts())
+            checkpoints.without_unused_buffers(packed, self.param_groups, self._step_counts())
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,10 +242,18 @@ class MethodOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The weights are perturbed.
-            ValueError: Groups or shapes do not match.
+            ValueError: It is of another method or base optimizer, or groups, shapes or dtypes do
+                not match; nothing has changed then.
         """
         self._require_idle("load_state_dict()")
+        check_fits(state_dict, self, self._base)
         state_dict = checkpoints.with_missing_keys(state_dict, self.param_groups)
+        if self._rule_class is not None:
+            check_states(state_dict, self.param_groups, partial(rule_of, self._rule_class))
+        if is_zero_redundancy(self._base):
+            self._base.load_state_dict({**state_dict, "state": dict(state_dict["state"])})
+            self.__setstate__({"state": self._base.state, "param_groups": self._base.param_groups})
+            return
         super().load_state_dict(state_dict)
         if self._rule_class is not None:
             checkpoints.keep_wide_states(self, state_dict, self._precision)
@@ -226,15 +269,42 @@ class MethodOptimizer(Optimizer):
         self._carried_counts = {}  # load_state_dict() brings a state that says it all
         self._keep_captured()
         super().__setstate__(state)
+        keep_untraced(type(self))
         self._engine = None
         self._kept_sums = (KeptSums(), KeptSums())
         self._checked_rows = []
+        self._replay = Replay()
+        self.__dict__.setdefault("_gathered", GatheredWeights())
         self.last = LastStep()
         if self._base is not None:  # load_state_dict() made new groups and a new state
             self._base.param_groups = self.param_groups
             self._base.state = self.state
 
+    def _create_state(self) -> bool:
+        """Create the whole state, if that is what a step without closure is for.
+
+        ``torch.distributed.checkpoint`` wants a state to load into and makes an optimizer that has
+        none step with gradients of 0 and a learning rate of 0.
+
+        Returns:
+            Whether it is that.
+        """
+        if not checkpoints.is_request_for_state(self.param_groups, self.state):
+            return False
+        if self._rule_class is None:
+            self._base.step()
+            return True
+        for tensors in self._current_engine().lists.lists:
+            if tensors.key.rule == BaseRule.MOMENTUM:  # it counts as used, as in torch
+                tensors.steps.fill_(1.0)
+        return True
+
     # ---- private -----------------------------------------------------------------------------
+
+    @classmethod
+    def _method_name(cls) -> str:
+        """Name of the method in checkpoints; a user's subclass has that of its base."""
+        return next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("wsam_fused."))
 
     def _steps(self) -> int:
         """How many steps have been made."""
@@ -276,16 +346,20 @@ class MethodOptimizer(Optimizer):
             foreign=foreign is not None,
             step_counts=self._step_counts(),
             precision=self._precision,
+            bucketed=self._in_backward is not None,
         )
         engine = StepEngine(
             lists,
             check_all=self._check_all,
             reuse_first_gradient=not self.uses_first_gradient,
             foreign=foreign,
+            gathered=self._gathered,
         )
         if self._engine is not None:
             engine.scalars.copy_(self._engine.scalars)
         self._keep_captured()
+        if self._in_backward is not None:
+            self._in_backward.attach(lists.list_of)
         lists.set_rows(self._rows(self._method_rows()))
         self._engine = engine
         return engine
@@ -304,7 +378,8 @@ class MethodOptimizer(Optimizer):
         rule = BaseRule.NONE if self._rule_class is None else rule_of(self._rule_class, group)
         geometry = GEOMETRIES[choice("geometry", self.own(group, "geometry"), tuple(GEOMETRIES))]
         euclidean = without_weight(group) if self._only_weights else frozenset()
-        return GroupKind(rule, geometry, self._restore == "backup", euclidean)
+        wants_backup = self._restore == "backup" or self._replicas.perturb_apart
+        return GroupKind(rule, geometry, wants_backup, euclidean)
 
     def _method_rows(self) -> list[Row]:
         return [self.row(group) for group in self.param_groups]

@@ -21,15 +21,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from wsam_fused.averages import is_distributed
 from wsam_fused.backends import BACKENDS
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import with_the_perturbation_of
+from wsam_fused.distributed import like
 from wsam_fused.engine import StepEngine
 from wsam_fused.foreign import gradients_for_step
 from wsam_fused.gradients import check_not_overwritten, walkable
+from wsam_fused.in_backward import refuse_while_active
 from wsam_fused.kept_memory import KeptSums
 from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
 from wsam_fused.row import BASE_ROW, Row
+from wsam_fused.sharded_gradients import local_gradient
 from wsam_fused.tensor_list import TensorList
 
 if TYPE_CHECKING:
@@ -55,6 +59,7 @@ def step_with_microbatches(
         The mean of the losses at the unperturbed weights.
 
     Raises:
+        RuntimeError: Parameters are updated within the backward.
         TypeError: The method does not work with micro-batches, or a closure is none.
         ValueError: There are no closures.
     """
@@ -68,9 +73,12 @@ def step_with_microbatches(
     for closure in closures:
         if not callable(closure):
             raise TypeError(f"step() was given {closure!r} in a list, expected closures only")
+    reason = "the gradients of all micro-batches have to be added up before the update"
+    refuse_while_active(optimizer, "step() was given a list of closures", reason)
     optimizer.zero_grad()
     try:
-        return _MicrobatchStep(optimizer, closures, scaler).run()
+        optimizer._take_scaler(scaler)
+        return _MicrobatchStep(optimizer, closures).run()
     except BaseException:
         optimizer.restore()
         optimizer.zero_grad()
@@ -83,17 +91,10 @@ class _MicrobatchStep:
     Args:
         optimizer: Whose step it is.
         closures: One for each micro-batch.
-        scaler: Scales their losses, if there is one.
     """
 
-    def __init__(
-        self,
-        optimizer: SharpnessAwareOptimizer,
-        closures: Sequence[Closure],
-        scaler: torch.amp.GradScaler | None,
-    ) -> None:
+    def __init__(self, optimizer: SharpnessAwareOptimizer, closures: Sequence[Closure]) -> None:
         self._optimizer = optimizer
-        self._scaler = scaler
         self._closures = closures
         self._share = 1.0 / len(closures)
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -109,12 +110,13 @@ class _MicrobatchStep:
         return self._run_linear(method)
 
     def _run_plain(self) -> Any:
-        first = GradientSum(self._optimizer._kept_sums[0], self._share)
+        optimizer = self._optimizer
+        first = GradientSum(optimizer._kept_sums[0], self._share)
         losses = []
         for closure in self._closures:
             with self._adding_up(first):
                 losses.append(closure())
-        self._update([BASE_ROW] * len(self._optimizer.param_groups), 0b1, first.values)
+        update_with_means(optimizer, [BASE_ROW] * len(optimizer.param_groups), 0b1, first.values)
         return self._note(losses, [])
 
     def _run_linear(self, method: list[Row]) -> Any:
@@ -124,37 +126,38 @@ class _MicrobatchStep:
         poison = None
         for closure in self._closures:
             losses.append(self._perturb_by(closure))
-            with self._adding_up(second, self._first_addresses()):
+            with self._adding_up(second, self._first_addresses()), optimizer._evaluation(1):
                 perturbed.append(closure())
             self._go_back()
             if optimizer.uses_first_gradient:
                 for tensors in self._engine.lists.lists:
-                    first.add(tensors.params, tensors.grads[0])
+                    first.add(tensors.owners, tensors.grads[0])
             else:
-                poison = _poison(self._engine, poison)
+                poison = poison_of(self._engine, poison)
             self._engine.finish()
         if optimizer.uses_first_gradient:
-            self._update(method, optimizer.required, first.values, second.values)
+            required = optimizer.required
+            update_with_means(optimizer, method, required, first.values, second.values)
         else:  # h is g2, with a weight of 1
-            self._update(
-                [BASE_ROW] * len(method), 0b1, second.values, poison=poison, is_gradient=False
-            )
+            self._update_with_h(second.values, poison, is_scaled=True)
         return self._note(losses, perturbed)
 
     def _run_derived(self, method: list[Row]) -> Any:
         optimizer = self._optimizer
         total: dict[Tensor, Tensor] = {}
         losses, perturbed = [], []
+        poison = None
         for closure in self._closures:
             losses.append(self._perturb_by(closure))
-            with torch.enable_grad():
+            with torch.enable_grad(), self._apart(1):
                 perturbed.append(closure())
             with torch.no_grad():
                 optimizer._batch_norm.restore()
                 self._engine.read_next(take=True)
+                poison = poison_of(self._engine, poison)
                 rows = optimizer._rows(method)
                 total = combine(self._engine, rows, method, self._share, total)
-        self._update([BASE_ROW] * len(method), 0b1, total, is_gradient=False, is_scaled=False)
+        self._update_with_h(total, poison, is_scaled=False)
         return self._note(losses, perturbed)
 
     @property
@@ -163,10 +166,10 @@ class _MicrobatchStep:
 
     def _perturb_by(self, closure: Closure) -> Any:
         """Evaluate the gradient at w and go to its ascent point."""
-        with torch.enable_grad():
+        with torch.enable_grad(), self._apart(0):
             loss = closure()
         with torch.no_grad():
-            engine = self._optimizer._begin(take=True, scaler=self._scaler)
+            engine = self._optimizer._begin(take=True)
             engine.reduce(0)
             engine.move_to(Point.ASCENT)
             self._optimizer._batch_norm.save()
@@ -190,23 +193,27 @@ class _MicrobatchStep:
         """
 
         def add(param: Tensor) -> None:
-            if param.grad is not None:
-                if first is not None and param.grad.data_ptr() == first.get(param):
+            grad = local_gradient(param)
+            if grad is not None:
+                used = first is not None and grad.data_ptr() == first.get(param)
+                if used and grad.numel():
                     raise RuntimeError(_OVERWRITTEN.format(shape=tuple(param.shape)))
                 if first is None or param in first:
-                    total.add([param], [param.grad])
+                    total.add([param], [grad])
                 param.grad = None
 
         self._optimizer.zero_grad()
+        replicas = self._optimizer._replicas
         hooks = []
-        if not _is_distributed():
+        # Else gradients may still be averaged after the hooks of their parameters have run.
+        if replicas.perturb_apart or not is_distributed():
             hooks = [
                 param.register_post_accumulate_grad_hook(add)
                 for param in self._params
                 if param.requires_grad
             ]
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), replicas.unsynced():
                 yield
         finally:
             for hook in hooks:
@@ -218,49 +225,25 @@ class _MicrobatchStep:
         return {
             param: address
             for tensors in self._engine.lists.lists
-            for param, address in zip(tensors.params, tensors.addresses[0].tolist(), strict=True)
-            if address
+            for param, address, grad in zip(
+                tensors.owners, tensors.addresses[0].tolist(), tensors.grads[0], strict=True
+            )
+            if grad is not None
         }
 
-    @torch.no_grad()
-    def _update(
-        self,
-        method: list[Row],
-        required: int,
-        *totals: dict[Tensor, Tensor],
-        poison: Tensor | None = None,
-        is_gradient: bool = True,
-        is_scaled: bool = True,
-    ) -> None:
-        """Update with means in place of gradients; one that is not finite skips the step.
-
-        Args:
-            method: The rows to apply to them.
-            required: Bit k: what has no mean k + 1 is not updated.
-            totals: The means.
-            poison: A scalar; NaN also skips the step, else it is 0.
-            is_gradient: Whether the first is a mean of gradients at w, whose norm may be told.
-            is_scaled: Whether they are still multiplied by the loss scale, if there is one.
-        """
+    @contextmanager
+    def _apart(self, number: int) -> Iterator[None]:
+        """Surround evaluation ``number`` of a micro-batch, whose gradients stay on this rank."""
         optimizer = self._optimizer
-        for evaluation, total in enumerate(totals):
-            with gradients_for_step(self._params, [total.pop(p, None) for p in self._params]):
-                if evaluation == 0:
-                    engine = optimizer._begin(take=True, scaler=self._scaler)
-                    if not is_scaled:
-                        engine.set_loss_scale(None)
-                else:
-                    engine.read_next(take=True)
-            engine.reduce(evaluation)
-        for tensors in engine.lists.lists:
-            tensors.reader.forget_who_shares()  # sums are nobody else's; gradients may be
-        if poison is not None:
-            for shared in engine.lists.shared.values():
-                shared.scalars[Slot.GRAD1_SQ] += poison.to(shared.scalars.device)
-        optimizer._update(method, required=required)
-        if not is_gradient:
-            engine.forget_norms()
-        optimizer.zero_grad()
+        with optimizer._evaluation(number), optimizer._replicas.unsynced():
+            yield
+
+    def _update_with_h(
+        self, total: dict[Tensor, Tensor], poison: Tensor | None, *, is_scaled: bool
+    ) -> None:
+        assert poison is not None  # there is a closure
+        poison = self._optimizer._replicas.poisoned_anywhere(poison)
+        update_with_h(self._optimizer, total, poison, is_scaled=is_scaled)
 
     def _note(self, losses: list[Any], perturbed: list[Any]) -> Any:
         loss, perturbed_loss = _mean(losses), _mean(perturbed)
@@ -268,7 +251,65 @@ class _MicrobatchStep:
         return loss
 
 
-def _poison(engine: StepEngine, before: Tensor | None) -> Tensor:
+@torch.no_grad()
+def update_with_means(
+    optimizer: SharpnessAwareOptimizer,
+    method: list[Row],
+    required: int,
+    *totals: dict[Tensor, Tensor],
+    poison: Tensor | None = None,
+    is_gradient: bool = True,
+    is_scaled: bool = True,
+) -> None:
+    """Update with means in place of gradients; one that is not finite skips the step.
+
+    Args:
+        optimizer: Whose step it is; the weights are not perturbed.
+        method: The rows to apply to them.
+        required: Bit k: what has no mean k + 1 is not updated.
+        totals: The means of a rank, which are let go.
+        poison: A scalar; NaN also skips the step, else it is 0.
+        is_gradient: Whether the first is a mean of gradients at w, whose norm may be told.
+        is_scaled: Whether they are still multiplied by the loss scale, if there is one.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    totals = tuple(optimizer._replicas.average(params, totals))
+    for evaluation, total in enumerate(totals):
+        grads = [like(param, total.pop(param, None)) for param in params]
+        with gradients_for_step(params, grads):
+            if evaluation == 0:
+                engine = optimizer._begin(take=True)
+                if not is_scaled:
+                    engine.scale.set(None)
+            else:
+                engine.read_next(take=True)
+        engine.reduce(evaluation)
+    for tensors in engine.lists.lists:
+        tensors.reader.forget_who_shares()  # sums are nobody else's; gradients may be
+    if poison is not None:
+        for shared in engine.lists.shared.values():
+            shared.scalars[Slot.GRAD1_SQ] += poison.to(shared.scalars.device)
+    optimizer._update(method, required=required)
+    if not is_gradient:
+        engine.forget_norms()
+    optimizer.zero_grad()
+
+
+def update_with_h(
+    optimizer: SharpnessAwareOptimizer,
+    total: dict[Tensor, Tensor],
+    poison: Tensor,
+    *,
+    is_scaled: bool,
+) -> None:
+    """Update with the mean of what the base optimizer is fed; see :func:`update_with_means`."""
+    base = [BASE_ROW] * len(optimizer.param_groups)
+    update_with_means(
+        optimizer, base, 0b1, total, poison=poison, is_gradient=False, is_scaled=is_scaled
+    )
+
+
+def poison_of(engine: StepEngine, before: Tensor | None = None) -> Tensor:
     """Return NaN if a norm is not finite or ``before`` is NaN, else 0; a float64 scalar."""
     nothing = engine.scalars[Slot.METRIC_SQ : Slot.GRAD1_SQ + 1].sum() * 0.0
     return nothing if before is None else before + nothing
@@ -284,7 +325,7 @@ def combine(
     """Restore w, and return share * h + total in the memory of g1; nothing is updated.
 
     Args:
-        engine: Has read g1 and g2.
+        engine: Has read all gradients of the method; no more than two, if there is a total.
         rows: One per group. Nothing is clipped.
         method: The method's rows, one per group; d has to be 0.
         share: Weight of h.
@@ -296,12 +337,18 @@ def combine(
     shares = [share if engine.foreign is not None else share * row.sign for row in rows]
     scaled = [
         row._replace(
-            h1=each * row.h1, h2=each * row.h2, h3=row.sign if total else 0.0, max_norm=-1.0
+            h1=each * row.h1,
+            h2=each * row.h2,
+            h3=row.sign if total else each * row.h3,
+            max_norm=-1.0,
         )
         for row, each in zip(rows, shares, strict=True)
     ]
     engine.lists.set_rows(scaled)
     engine.derive(scaled, method, shares)
+    if total:
+        engine.scale.forget(2)  # the sums have none
+    required = (1 << engine.read) - 1
     result = dict(total)
     for tensors, backend in engine.lists:
         if total:
@@ -309,14 +356,14 @@ def combine(
         backend.update(
             tensors,
             BaseRule.NONE,
-            3 if total else 2,
-            required=0b11,
+            3 if total else engine.read,
+            required=required,
             checked=0,  # what is not finite makes the sum so
             keep_point=False,
             count_skipped=False,
         )
-        for i, (param, h) in enumerate(zip(tensors.params, tensors.grads[0], strict=True)):
-            if h is not None and tensors.has_gradients(i, 0b11):
+        for i, (param, h) in enumerate(zip(tensors.owners, tensors.grads[0], strict=True)):
+            if h is not None and tensors.has_gradients(i, required):
                 result[param] = h
     engine.finish()
     return result
@@ -324,7 +371,7 @@ def combine(
 
 def _bind_sums(engine: StepEngine, tensors: TensorList, total: Mapping[Tensor, Tensor]) -> None:
     """Put sums in the place of g3."""
-    sums = [total.get(param) for param in tensors.params]
+    sums = [total.get(param) for param in tensors.owners]
     kept = addresses_of(sums)
     for addresses in tensors.addresses:
         check_not_overwritten(tensors.params, kept, addresses, _OVERWRITTEN)
@@ -345,7 +392,7 @@ class GradientSum:
         share: The factor.
 
     Attributes:
-        values: The sums so far.
+        values: The sums so far; of DTensors, a rank's own part.
     """
 
     def __init__(self, kept: KeptSums, share: float) -> None:
@@ -363,11 +410,6 @@ class GradientSum:
                 self.values[param].add_(grad, alpha=self._share)
             else:
                 self.values[param] = self._kept.begin(param, grad, self._share)
-
-
-def _is_distributed() -> bool:
-    """Whether gradients may still be averaged after the hooks of their parameters have run."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _mean(losses: list[Any]) -> Any:

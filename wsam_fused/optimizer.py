@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from wsam_fused.base_rules import device_learning_rate
 from wsam_fused.engine import StepEngine
-from wsam_fused.loss_scale import add_to_found, check_scaler, scale_of, tell
+from wsam_fused.in_backward import InBackwardUpdate
+from wsam_fused.leftover_gradients import LeftoverGradients
+from wsam_fused.loss_scale import ScaledSteps
 from wsam_fused.method_keys import STEP
 from wsam_fused.method_optimizer import MethodOptimizer
 from wsam_fused.microbatches import step_with_microbatches
 from wsam_fused.plan import Point
+from wsam_fused.replicas import complete_apart
 from wsam_fused.row import BASE_ROW, Row
+from wsam_fused.second_evaluation import SecondEvaluation, step_with_second_evaluation
 
 Closure = Callable[[], Any]
 
 
-class SharpnessAwareOptimizer(MethodOptimizer):
+class SharpnessAwareOptimizer(ScaledSteps, MethodOptimizer):
     """Base class: everything but the row of coefficients.
 
     A step evaluates the gradient at w and at perturbed neighbours, then restores w and updates it
@@ -36,6 +42,8 @@ class SharpnessAwareOptimizer(MethodOptimizer):
     takes_microbatches: ClassVar[bool] = False
     # What methods without the two-call form say.
     instead_of_calls: ClassVar[str | None] = None
+    # Neither copied nor saved with the optimizer.
+    _second_evaluation: SecondEvaluation | None = None
 
     # ---- the step ----------------------------------------------------------------------------
 
@@ -43,6 +51,33 @@ class SharpnessAwareOptimizer(MethodOptimizer):
     def is_plain_step(self) -> bool:
         """Whether the next step is one of the base optimizer alone; see ``every``."""
         return (self._steps() + 1) % self._every != 0
+
+    @property
+    def second_evaluation(self) -> SecondEvaluation | None:
+        """Computes the gradients of the same data at the weights as they are, by ``backward``.
+
+        ``.grad`` is None when it is called; if it returns a scalar, that is
+        ``last.perturbed_loss``. When it is set, ``step()`` without a closure makes the whole step:
+        the gradients in ``.grad`` are g1, however they were accumulated, and it is called for each
+        further one. An exception in it restores the weights. ``step(closure)`` does without it. It
+        is neither copied nor saved with the optimizer.
+
+        Raises:
+            TypeError: It is set to something that cannot be called.
+            RuntimeError: The method looks at the loss of every sample.
+        """
+        return self._second_evaluation
+
+    @second_evaluation.setter
+    def second_evaluation(self, function: SecondEvaluation | None) -> None:
+        if function is not None:
+            self._require_calls("second_evaluation")
+            if not callable(function):
+                raise TypeError(
+                    f"second_evaluation is {function!r}, expected a function without arguments or "
+                    "None"
+                )
+        self._second_evaluation = function
 
     @torch.no_grad()
     def first_step(
@@ -62,21 +97,26 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 False afterwards (``every``), only by ``scaler.update()``.
 
         Raises:
-            RuntimeError: No parameter has a gradient, the weights are perturbed already, or the
-                scaler has unscaled the gradients.
+            RuntimeError: No parameter has a gradient, the weights are perturbed already, the scaler
+                has unscaled the gradients, or ``replay_rng=True`` and the evaluation was not made
+                within ``same_randomness()``.
             TypeError: A gradient is sparse or complex, or ``scaler`` is no GradScaler.
         """
         self._require_calls("first_step()")
         self._require_idle("first_step()")
         plain = self.is_plain_step
-        engine = self._begin(take=zero_grad, copy=not zero_grad and not plain, scaler=scaler)
-        if plain:
-            engine.reduce(0)
-            self._update([BASE_ROW] * len(self.param_groups), required=0b1)
-            return
+        if not plain:
+            self._require_replay(0, "first_step()")
+            self._replicas.match_gradients(self)
+        self._take_scaler(scaler)
+        engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
         try:
             engine.reduce(0)
+            if plain:
+                self._update([BASE_ROW] * len(self.param_groups), required=0b1)
+                return
             engine.move_to(Point.ASCENT)
+            self._replicas.begin(self, engine)
             self._batch_norm.save()
         except BaseException:
             engine.abandon()
@@ -95,10 +135,12 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 gradients out of it without a copy, as in ``first_step``.
 
         Raises:
-            RuntimeError: ``first_step`` has not been called.
+            RuntimeError: ``first_step`` has not been called, or ``replay_rng=True`` and the
+                evaluation was not made within ``same_randomness()``; the weights are restored.
             TypeError: A gradient is sparse or complex; the weights are restored.
         """
         engine = self._require_read(1, "second_step()", "first_step()")
+        self._require_replay(1, "second_step()")
         if self.evaluations == 2:
             self._complete(zero_grad=zero_grad)
             return
@@ -118,7 +160,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
 
         Raises:
             RuntimeError: The method has no third evaluation, or ``second_step`` has not been
-                called.
+                called, or the evaluation was not replayed, as in ``second_step``.
             TypeError: A gradient is sparse or complex; the weights are restored.
         """
         self._require_calls("third_step()")
@@ -126,6 +168,7 @@ class SharpnessAwareOptimizer(MethodOptimizer):
             name = type(self).__name__
             raise RuntimeError(f"third_step() was called, but {name} has two evaluations a step")
         self._require_read(2, "third_step()", "second_step()")
+        self._require_replay(2, "third_step()")
         self._complete(zero_grad=zero_grad)
 
     def step(
@@ -142,11 +185,15 @@ class SharpnessAwareOptimizer(MethodOptimizer):
                 are cleared first. A list of closures is a step over micro-batches (m-SAM), of which
                 each has a perturbation of its own and all have the same weight; for a shorter one,
                 multiply its loss by its size over the mean size. Without a closure, a backward must
-                have followed the last call. The closures of a list must not use gradients after
-                ``backward``: those of a perturbed evaluation are added up within it.
+                have followed the last call, or ``second_evaluation`` be set. The closures of a list
+                must not use gradients after ``backward``: those of a perturbed evaluation are added
+                up within it.
             scaler: Scales the loss in the closures, ``scaler.scale(loss).backward()``. Call
                 ``scaler.update()`` afterwards, and not ``scaler.step()``. Without a closure,
                 ``scaler.step(optimizer)`` is what calls this, and it is not given.
+
+                Without one, and with learning rates and gradients of 0, the state is created if
+                there is none, which ``torch.distributed.checkpoint`` asks for.
 
         Returns:
             The closure's loss at the unperturbed weights, for a list their mean; None without.
@@ -165,15 +212,17 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self._require_calls("step(closure)")
         self._require_idle("step(closure)")
         self._refuse_closure_of_scaler()
+        self._replicas.check_closure("step(closure)")
         if isinstance(closure, Sequence):
             return step_with_microbatches(self, closure, scaler)
-        self.zero_grad()
+        self._leftovers.clear(self)
         calls = (self.first_step, self.second_step, self.third_step)[: self.evaluations]
-        losses = []
+        losses: list[Any] = []
         try:
-            for call in calls:
-                with torch.enable_grad():
+            for number, call in enumerate(calls):
+                with torch.enable_grad(), self._evaluation(number):
                     losses.append(closure())
+                self._leftovers.check()
                 if call is calls[0]:
                     self.first_step(zero_grad=True, scaler=scaler)
                 else:
@@ -186,28 +235,92 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         self.last.set_losses(losses[0], losses[1] if len(losses) > 1 else None)
         return losses[0]
 
+    def same_randomness(self) -> AbstractContextManager[None]:
+        """Let the evaluations of a step call by call draw the same random numbers.
+
+        Around the first evaluation it remembers the state of torch's default generators, of the CPU
+        and of the parameters' CUDA devices. Around a later one it draws from that state, and puts
+        the generators back afterwards, also after an exception: they go on as if only the first
+        evaluation had drawn. All backward calls of an evaluation belong into one block.
+
+        Raises:
+            RuntimeError: On entry: the first evaluation was not made within it, or this one was
+                already; or a CUDA graph is being captured.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout())
+            >>> opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+            >>> for call in (opt.first_step, opt.second_step):
+            ...     with opt.same_randomness():
+            ...         model(torch.ones(8, 3)).square().mean().backward()
+            ...     call(zero_grad=True)
+        """
+        self._require_calls("same_randomness()")
+        return self._replay.evaluation(self._read_so_far(), self._params())
+
+    def update_in_backward(self) -> InBackwardUpdate:
+        """Update every parameter within the backward of a step's last evaluation.
+
+        As soon as the second gradient of a parameter is complete, it is restored and updated and
+        both its gradients are freed: besides the shrinking list of first gradients only those of
+        the largest parameter are alive. Parameters that are small against the largest one are
+        updated a few at a time, with what ``second_step`` would do; that and ``step`` do the rest
+        (parameters without a second gradient, the count of the step).
+
+        What is different while it is active: hyper-parameters of the update are those at the first
+        parameter's; ``.grad`` is None afterwards, so that nothing can be done to second gradients
+        after ``backward``; an evaluation has one ``backward``, in a step in progress no other may
+        reach the parameters. If one fails half-way, what had been updated stays so and the others
+        are restored. Copies of w that a geometry, ``restore="backup"`` or 16 bits need are freed
+        likewise and not kept for the next step. A model under ``torch.compile`` gives all gradients
+        at once: that works and saves nothing.
+
+        Returns:
+            The handle, with ``active`` and ``remove()``, which is also a context manager. The
+            optimizer keeps it; copies of the optimizer do not have it.
+
+        Raises:
+            RuntimeError: It is active already, the weights are perturbed, or several processes
+                average gradients after the hooks have run, as DistributedDataParallel does.
+            TypeError: The method needs norms of the second gradient (``GSAM``, ``BSAM``), or the
+                base optimizer has no fused update.
+            ValueError: ``max_grad_norm`` or ``check_finite`` need them.
+        """
+        return InBackwardUpdate(self)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back if they are perturbed and forget the step; else do nothing."""
+        self._replay.forget()
         if self._engine is not None:
             self._batch_norm.restore()
             self._engine.abandon()
 
     # ---- parts of a step, for the methods that order them otherwise --------------------------
 
-    def _begin(
-        self, *, take: bool, copy: bool = False, scaler: torch.amp.GradScaler | None = None
-    ) -> StepEngine:
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _read_so_far(self) -> int:
+        return 0 if self._engine is None else self._engine.read
+
+    def _evaluation(self, number: int) -> AbstractContextManager[object]:
+        """Surround an evaluation that the step makes itself, 0 for the one at w."""
+        stack = ExitStack()
+        stack.enter_context(self._replicas.evaluation(self, number))
+        if self._replay_rng:
+            if number == 0:
+                self._replay.forget()
+            stack.enter_context(self._replay.evaluation(number, self._params()))
+        return stack
+
+    def _begin(self, *, take: bool, copy: bool = False) -> StepEngine:
         """Bring the hyper-parameters up to date and read the gradients at w."""
-        self._scaler = check_scaler(scaler, self)
         self._method_keys.apply_schedules(self.param_groups)
         engine = self._current_engine()
         while not engine.read_first(take=take, copy=copy):
             engine = self._new_engine()
-        device = engine.scalars.device
-        engine.set_loss_scale(None if self._scaler is None else scale_of(self._scaler, device))
-        if self._scaler is None:
-            self._warn_of_float16(engine)
+        self._set_loss_scale(engine)
         return engine
 
     def _begin_without_gradients(self) -> StepEngine:
@@ -230,9 +343,12 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         assert engine is not None  # the caller has looked
         try:
             self._batch_norm.restore()
-            engine.read_next()
-            self._note_scaled(engine)
-            self._update(self._method_rows(), required=self.required)
+            if self._replicas.perturb_apart:
+                complete_apart(self, engine)
+            else:
+                engine.read_next()
+                self._note_scaled(engine)
+                self._update(self._method_rows(), required=self.required)
         except BaseException:
             engine.abandon()
             raise
@@ -250,9 +366,10 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         except BaseException:
             engine.abandon()
             raise
-        if self._scaler is not None and not self._is_called_by_scaler():
-            tell(self._scaler, self, engine)
+        self._tell_scaler(engine)
+        self._replay.forget()
         self.last.begin(engine)
+        self._leftovers.note(self)
         self._opt_called = True  # lr_scheduler looks for it
         steps = self._steps() + 1
         for group in self.param_groups:
@@ -263,70 +380,36 @@ class SharpnessAwareOptimizer(MethodOptimizer):
         return False
 
     def _complete_pending(self) -> None:
-        """Complete the step in progress with the gradients that the last backward gave."""
-        if not self.is_perturbed:
+        """Complete the step in progress, or make one with ``second_evaluation``."""
+        if self.is_perturbed:
+            (self.second_step if self.evaluations == 2 else self.third_step)()
+        elif self._create_state():
+            return
+        elif self.second_evaluation is not None:
+            step_with_second_evaluation(self, self.second_evaluation)
+        else:
             raise RuntimeError(
                 "step() without a closure completes a step that first_step() began, but nothing is "
-                "pending; call step(closure), or first_step() and backward() before"
-            )
-        (self.second_step if self.evaluations == 2 else self.third_step)()
-
-    # ---- loss scaling ------------------------------------------------------------------------
-
-    # A GradScaler then calls step() whatever it has found, and says so in `found_inf`.
-    _step_supports_amp_scaling = True
-    # It sets these, for as long as it calls step().
-    grad_scale: torch.Tensor | None
-    found_inf: torch.Tensor | None
-    _scaler: torch.amp.GradScaler | None = None
-    _warned_of_float16 = False
-
-    def _is_called_by_scaler(self) -> bool:
-        return self._found_by_scaler() is not None
-
-    def _found_by_scaler(self) -> torch.Tensor | None:
-        return getattr(self, "found_inf", None)
-
-    def _refuse_closure_of_scaler(self) -> None:
-        if self._is_called_by_scaler():
-            raise RuntimeError(
-                "GradScaler.step() was given a closure, which it cannot scale; call "
-                "optimizer.step(closure, scaler=scaler) and then scaler.update()"
+                "pending; call step(closure), or first_step() and backward() before, or set "
+                "second_evaluation. docs/use_with.md says what frameworks need that call step() "
+                "themselves"
             )
 
-    def _note_scaled(self, engine: StepEngine) -> None:
-        """Take over what the scaler knows of the last gradients, or look at them ourselves."""
-        found = self._found_by_scaler()
-        if found is None:
-            engine.checks_this_step = self._scaler is not None
-            return
-        if self._scaler is None:
-            raise RuntimeError(
-                "GradScaler.step() completes a step whose first gradients it does not know of; "
-                "call first_step(zero_grad=True, scaler=scaler)"
-            )
-        if self.grad_scale is None:
-            engine.forget_loss_scale(engine.read - 1)  # by scaler.unscale_()
-        engine.set_found_inf(found)
-        add_to_found(self._scaler, self, engine)
-
-    def _warn_of_float16(self, engine: StepEngine) -> None:
-        """Say once that small gradients are lost."""
-        if self._warned_of_float16:
-            return
-        lists = engine.lists.lists
-        if any(torch.float16 in (tensors.key.dtype, tensors.grad_dtype) for tensors in lists):
-            self._warned_of_float16 = True
-            warnings.warn(
-                "gradients are float16, in which small ones vanish, and no GradScaler was given; "
-                "call scaler.scale(loss).backward() and step(closure, scaler=scaler), or use "
-                "bfloat16",
-                stacklevel=4,
-            )
+    @cached_property
+    def _leftovers(self) -> LeftoverGradients:
+        return LeftoverGradients()
 
     def _require_calls(self, what: str) -> None:
         if self.instead_of_calls is not None:
             raise RuntimeError(f"{type(self).__name__} has no {what}; {self.instead_of_calls}")
+
+    def _require_replay(self, evaluation: int, what: str) -> None:
+        if self._replay_rng and not self._replay.has(evaluation):
+            self.restore()
+            raise RuntimeError(
+                f"{what} was called with replay_rng=True, but the evaluation before it was not "
+                "made within `with opt.same_randomness():`"
+            )
 
     def _require_read(self, evaluations: int, what: str, before: str) -> StepEngine:
         self._require_calls(what)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from wsam_fused.arguments import whole_number
 from wsam_fused.autocast import forget_casts
-from wsam_fused.loss_scale import check_scaler
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 from wsam_fused.plan import Point
 from wsam_fused.row import BASE_ROW, Row
@@ -25,7 +24,9 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
     """Base class: ``step(losses_fn)`` in place of closures, and a seed of its own.
 
     All random choices of a step follow from the seed and the number of the step, so that a
-    checkpoint goes on with those that an uninterrupted run would have made.
+    checkpoint goes on with those that an uninterrupted run would have made. With sharded parameters
+    every rank looks at the samples of its own batch; choices of tensors are the same everywhere;
+    noise differs from part to part of a parameter, so that it depends on how they are sharded.
     """
 
     required = 0b10
@@ -42,8 +43,6 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
     def row(self, group: dict[str, Any]) -> Row:
         """Return the coefficients: h = g2."""
         return Row(evaluations=2, h=(0.0, 1.0, 0.0))
-
-    _given_scaler: torch.amp.GradScaler | None = None
 
     def step(self, closure: Any = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
         """Perform one whole step.
@@ -67,6 +66,8 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
         If it raises, the weights are restored and the state is untouched.
         """
+        if closure is None and not self.is_perturbed and self._create_state():
+            return None  # see SharpnessAwareOptimizer.step
         if not callable(closure):
             name = type(self).__name__
             raise TypeError(
@@ -75,7 +76,8 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
             )
         self._require_idle("step(losses_fn)")
         self._refuse_closure_of_scaler()
-        self._given_scaler = check_scaler(scaler, self)
+        self._replicas.check_closure("step(losses_fn)")
+        self._take_scaler(scaler)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
                 f"step() of {type(self).__name__} draws random numbers on the host, which every "
@@ -91,8 +93,6 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         except BaseException:
             self.restore()
             raise
-        finally:
-            self._given_scaler = None
         self.last.set_losses(loss, perturbed_loss)
         return loss
 
@@ -106,15 +106,17 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
         losses = losses_with_graph(losses_fn)
         self._backward(losses.mean())
         with torch.no_grad():
-            self._begin(take=True, scaler=self._given_scaler).reduce(0)
+            self._begin(take=True).reduce(0)
             self._update([BASE_ROW] * len(self.param_groups), required=0b1)
         return losses.detach().mean()
 
     @torch.no_grad()
     def _go_to_ascent_point(self) -> None:
-        engine = self._begin(take=True, scaler=self._given_scaler)
+        self._replicas.match_gradients(self)
+        engine = self._begin(take=True)
         engine.reduce(0)
         engine.move_to(Point.ASCENT)
+        self._replicas.begin(self, engine)
         self._batch_norm.save()
 
     @torch.no_grad()
@@ -123,11 +125,7 @@ class PerSampleOptimizer(SharpnessAwareOptimizer):
 
     def _backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar to ``.grad``, times the loss scale if there is one."""
-        scaler = self._given_scaler
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+        torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
 
     def _seed(self) -> int:
         """Return a number for this step; those of other seeds and steps are far away."""

@@ -18,6 +18,9 @@ class LastStep:
     until the value is used on the host. Norms are those of the step in progress while there is
     one. What a step did not form for its own sake is None.
 
+    With ``perturb_scope="local"`` losses are those of the rank, and the norm of g1 is that of the
+    mean over the ranks where the update uses it, and else that of the rank's own.
+
     Attributes:
         loss: Loss at the weights; None unless the step was given a closure.
         perturbed_loss: Loss at the ascent point; None unless the step was given a closure.

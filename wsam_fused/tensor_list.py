@@ -10,10 +10,12 @@ from torch import Tensor
 
 from wsam_fused.backups import Backups
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.distributed import Sharding, distributed_like, local_of
 from wsam_fused.gradients import GradientReader
 from wsam_fused.kept_memory import keeps_scratch
 from wsam_fused.plan import FLAGS, Geometry, PointerTable
 from wsam_fused.precision import follow_parameter
+from wsam_fused.sharded_gradients import ShardedGradientReader
 from wsam_fused.shared_scalars import SharedScalars
 
 
@@ -28,6 +30,8 @@ class ListKey(NamedTuple):
     has_backup: bool
     state_dtype: torch.dtype
     has_master: bool
+    sharding: Sharding | None = None
+    bucket: int = 0  # of lists that are updated one by one within a backward, else 0
 
 
 @dataclass
@@ -36,7 +40,7 @@ class TensorList:
 
     Attributes:
         key: What they have in common.
-        params: The parameters.
+        params: The parameters; of DTensors, the local tensors.
         groups: Parameter group of each.
         keys: Which parameter of the optimizer each is.
         shared: The scalars of their device.
@@ -45,6 +49,7 @@ class TensorList:
         grad_dtypes: Dtypes of gradients, besides the parameters' own, that the backend reads.
         masters: The weights in float32, of which the parameters are a copy; or None.
         rounding_seed: Of rounding by chance; -1 for rounding to nearest.
+        owners: What the optimizer and autograd know: ``params``, or the DTensors they are of.
         flags: float64; the first says at which point the list is.
         grads: g1, g2, g3, all of ``grad_dtype``; an empty list where not evaluated, None for a
             missing gradient.
@@ -54,6 +59,9 @@ class TensorList:
         backups: Copies of w while the list is at another point, None otherwise; the float32
             weights, always, if there are any.
         table: The addresses of all these, if the backend's kernels need them.
+        awaited: Parameters whose last gradient the update within a backward waits for; None if it
+            has not begun to wait.
+        updated: Whether the update within the backward of this step has been made.
     """
 
     key: ListKey
@@ -66,16 +74,24 @@ class TensorList:
     grad_dtypes: tuple[torch.dtype, ...] = ()
     masters: list[Tensor] | None = None
     rounding_seed: int = -1
+    owners: list[Tensor] = field(default_factory=list)
     flags: Tensor = field(init=False)
     grads: list[list[Tensor | None]] = field(init=False)
     grad_dtype: torch.dtype = field(init=False)
     addresses: list[Tensor] = field(init=False, default_factory=list)
     backups: Backups | None = None
     table: PointerTable | None = None
+    awaited: set[Tensor] | None = None
+    updated: bool = False
     _block: Tensor | None = None  # of the backups
 
     def __post_init__(self) -> None:
-        self.reader = GradientReader(self.params, self.grad_dtypes)
+        self.owners = self.owners or self.params
+        self.reader = (
+            GradientReader(self.params, self.grad_dtypes)
+            if self.key.sharding is None
+            else ShardedGradientReader(self.owners, self.params, self.grad_dtypes)
+        )
         self.grads = [[], [], []]
         self.grad_dtype = self.key.dtype
         self.flags = torch.zeros(FLAGS, dtype=torch.float64, device=self.key.device)
@@ -111,7 +127,7 @@ class TensorList:
             if block is None:
                 device, dtype = self.key.device, self.key.dtype
                 block = torch.empty(self.table.total, dtype=dtype, device=device)
-            if keeps_scratch(self.key.device):
+            if keeps_scratch(self.key.device) and not self.key.bucket:
                 self._block = block
             self.backups = Backups.in_block(block, self.reader.noted_layouts, self.table)
 
@@ -120,6 +136,8 @@ class TensorList:
         self.grads = [[], [], []]
         self.addresses = []
         self.drop_backups()
+        self.awaited = None
+        self.updated = False
         if self.masters is not None:
             self._versions = [param._version for param in self.params]
 
@@ -145,18 +163,21 @@ def state_tensor(
         dtype: Of the state.
         initial: What it begins with; None for zeros.
 
+    Of a DTensor, it is the state of its local tensor.
+
     Raises:
         ValueError: The loaded tensor has another shape.
     """
+    local = local_of(param)
     if loaded is None:
-        zeros = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        zeros = torch.zeros_like(local, dtype=dtype, memory_format=torch.preserve_format)
         return zeros if initial is None else zeros.copy_(initial)
     if not isinstance(loaded, Tensor) or loaded.shape != param.shape:
         found = tuple(loaded.shape) if isinstance(loaded, Tensor) else type(loaded).__name__
         raise ValueError(
             f"state {name!r} is {found}, expected a tensor of shape {tuple(param.shape)}"
         )
-    return laid_out_like(param, loaded, dtype)
+    return laid_out_like(local, distributed_like(param, loaded), dtype)
 
 
 def laid_out_like(param: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:

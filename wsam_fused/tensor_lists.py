@@ -11,10 +11,13 @@ from torch import Tensor
 
 from wsam_fused.backends import BACKENDS, Backend, Choice, select
 from wsam_fused.base_rules import BaseRule
+from wsam_fused.buckets import Member, in_buckets
+from wsam_fused.distributed import like, local_of, shard_index, sharding_of
 from wsam_fused.parameters import check_separate, is_dense
 from wsam_fused.plan import Geometry, GroupRow, PointerTable
 from wsam_fused.precision import LOW_PRECISION, MASTER_KEY, Precision
 from wsam_fused.shared_scalars import SharedScalars
+from wsam_fused.sums_over_ranks import SumsOverRanks
 from wsam_fused.tensor_list import ListKey, TensorList, state_tensor
 
 
@@ -46,12 +49,16 @@ class TensorLists:
         foreign: Whether a base optimizer keeps a state of its own.
         step_counts: Updates that parameters have had, where the state does not say.
         precision: How 16-bit parameters are kept.
+        bucketed: Whether parameters that could be stepped together are in several lists, to be
+            updated one by one.
 
     Attributes:
         lists: The lists.
+        list_of: The list that a parameter is in.
         shared: What the lists of one device have in common.
         primary: Those of the first device, which count skipped steps.
         choices: The backend of every parameter.
+        over_ranks: Sums over ranks, for parameters that are DTensors; else None.
         stale: Whether the lists have to be made anew.
 
     Raises:
@@ -68,6 +75,7 @@ class TensorLists:
         foreign: bool,
         step_counts: Mapping[Tensor, float],
         precision: Precision,
+        bucketed: bool = False,
     ) -> None:
         self._precision = precision
         self.choices: dict[Tensor, Choice] = {}
@@ -75,34 +83,41 @@ class TensorLists:
         self._state = state
         self._foreign = foreign
         self._left_out: list[Tensor] = []
-        members: dict[ListKey, list[tuple[Tensor, int, int]]] = defaultdict(list)
+        members: dict[ListKey, list[Member]] = defaultdict(list)
         number = 0
+        count = sum(len(group["params"]) for group in param_groups)
         for index, (group, kind) in enumerate(zip(param_groups, kinds, strict=True)):
             for position, param in enumerate(group["params"]):
                 if param.requires_grad or param.grad is not None:
                     key = self._key_of(param, kind, backend, position in kind.euclidean)
-                    members[key].append((param, index, number))
+                    # Noise is drawn by number; parts of one parameter must not get the same.
+                    members[key].append((param, index, number + count * shard_index(param)))
                 else:
                     self._left_out.append(param)
                 number += 1
-        check_separate(param for list_ in members.values() for param, _, _ in list_)
+        check_separate(local_of(param) for list_ in members.values() for param, _, _ in list_)
+        if bucketed:
+            members = in_buckets(members)
         devices = dict.fromkeys(key.device for key in members) or [torch.device("cpu")]
         self.shared = {device: SharedScalars(device) for device in devices}
         self.primary = next(iter(self.shared.values()))
+        self.over_ranks = SumsOverRanks.of(p for group in param_groups for p in group["params"])
         self.lists = [self._new_list(key, list_, step_counts) for key, list_ in members.items()]
+        self.list_of = {param: tensors for tensors in self.lists for param in tensors.owners}
         self._state_size = len(state)
         self.stale = False
 
     def _key_of(self, param: Tensor, kind: GroupKind, backend: str, euclidean: bool) -> ListKey:
-        walkable = param.numel() > 0 and is_dense(param)
-        choice = select(backend, param.device, param.dtype, walkable=walkable)
+        local = local_of(param)
+        walkable = local.numel() > 0 and is_dense(local)
+        choice = select(backend, local.device, param.dtype, walkable=walkable)
         self.choices[param] = choice
         geometry = Geometry.EUCLIDEAN if euclidean else kind.geometry
         has_backup = (
             kind.wants_backup or geometry != Geometry.EUCLIDEAN or param.dtype in LOW_PRECISION
         )
         return ListKey(
-            param.device,
+            local.device,
             param.dtype,
             choice.name,
             kind.rule,
@@ -110,12 +125,13 @@ class TensorLists:
             has_backup,
             self._precision.state_dtype(param.dtype),
             self._precision.keeps_master(param.dtype),
+            sharding_of(param),
         )
 
     def _new_list(
         self,
         key: ListKey,
-        members: list[tuple[Tensor, int, int]],
+        members: list[Member],
         step_counts: Mapping[Tensor, float],
     ) -> TensorList:
         params = [param for param, _, _ in members]
@@ -136,21 +152,24 @@ class TensorLists:
         masters = None
         if key.has_master:
             masters = [
-                state_tensor(p, e.get(MASTER_KEY), MASTER_KEY, torch.float32, initial=p.detach())
+                state_tensor(
+                    p, e.get(MASTER_KEY), MASTER_KEY, torch.float32, initial=local_of(p).detach()
+                )
                 for p, e in zip(params, entries, strict=True)
             ]
         for i, param in enumerate(params):  # every tensor is good: now the state may change
             if rule.keeps_step:
                 self._state[param]["step"] = steps[i]
             for name, tensors in zip(rule.state_keys, states, strict=True):
-                self._state[param][name] = tensors[i]
+                self._state[param][name] = like(param, tensors[i])
             if masters is not None:
-                self._state[param][MASTER_KEY] = masters[i]
+                self._state[param][MASTER_KEY] = like(param, masters[i])
         # The rule `none` writes to the gradients what the foreign optimizer reads.
         lower = BACKENDS[key.backend].GRADIENT_DTYPES.get(key.dtype, ())
         return TensorList(
             key,
-            params,
+            [local_of(param) for param in params],
+            owners=params,
             groups=[index for _, index, _ in members],
             keys=[number for _, _, number in members],
             shared=self.shared[key.device],
@@ -185,7 +204,7 @@ class TensorLists:
             param not in self._state
             for tensors in self.lists
             if tensors.key.rule.state_keys or tensors.key.has_master
-            for param in tensors.params
+            for param in tensors.owners
         )
 
     def is_captured(self) -> bool:
@@ -199,20 +218,27 @@ class TensorLists:
         return {
             param: count
             for tensors in self.lists
-            for param, count in zip(tensors.params, tensors.steps.tolist(), strict=True)
+            for param, count in zip(tensors.owners, tensors.steps.tolist(), strict=True)
         }
 
     # ---- all of them -------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[tuple[TensorList, Backend]]:
-        """Yield every list with its backend."""
+        """Yield every list with its backend; not those that are through with the step."""
         for tensors in self.lists:
-            yield tensors, BACKENDS[tensors.key.backend]
+            if not tensors.updated:
+                yield tensors, BACKENDS[tensors.key.backend]
 
     def set_rows(self, rows: list[GroupRow]) -> None:
         """Bring the coefficients and hyper-parameters of the groups up to date, one row each."""
         for shared in self.shared.values():
             shared.set_rows(rows)
+
+    def clear(self, slots: Sequence[slice]) -> None:
+        """Set sums to 0 on every device."""
+        for shared in self.shared.values():
+            for each in slots:
+                shared.scalars[each].zero_()
 
     def sum_over_devices(self, slots: slice) -> None:
         """Give every device the sum over all of them."""

@@ -83,6 +83,16 @@ class Ours(TwoCalls):
         return Passes(sum(values), sum(states))
 
 
+class OursInBackward(Ours):
+    """wsam_fused that updates within the second backward."""
+
+    name = "wsam_fused, in the backward"
+
+    def __init__(self, params: Sequence[Tensor], base: Base) -> None:
+        super().__init__(params, base)
+        self.handle = self.wsam.update_in_backward()
+
+
 class OursCuda(Ours):
     """wsam_fused with its CUDA kernels."""
 

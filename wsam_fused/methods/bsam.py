@@ -77,6 +77,11 @@ class BSAM(SharpnessAwareOptimizer):
     ) -> None:
         self.as_published = bool(as_published)
         super().__init__(params, base_optimizer, {"rho": rho, "rho_min": rho_min}, **kwargs)
+        if self.as_published and self._replicas.perturb_apart:
+            raise ValueError(
+                "as_published is True and perturb_scope is 'local', expected 'global': the steps "
+                "of replicas would start from weights of their own"
+            )
 
     @classmethod
     def _check_own(cls, own: dict[str, Any]) -> None:

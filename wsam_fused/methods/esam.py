@@ -34,15 +34,21 @@ class ESAM(PerSampleOptimizer):
         w  <- base(w, g2)                               row: h = g2; M: the geometry's metric
 
     The first backward computes weight gradients for active tensors only, the second forward and
-    backward run on S; what comes on top is a forward without gradient at w + e.
+    backward run on S; what comes on top is a forward without gradient at w + e. Under
+    DistributedDataParallel every rank selects among its own samples, and the first backward is
+    cheaper only with ``perturb_scope="local"``, which is what the authors' code does: else the
+    model would wait for the gradients that are left out.
 
     Args:
         {common_arguments}
         beta: Probability that a tensor is perturbed, in (0, 1]. 1 perturbs all. A group key.
         gamma: Share of the samples in the second evaluation, in (0, 1]. 1 takes all. A group key,
             of which the first group's counts.
-        seed: Of the choice of active tensors, a whole number >= 0. A group key, likewise.
+        seed: Of the choice of active tensors, a whole number >= 0, the same on all ranks. A group
+            key, likewise.
         {common_options}
+
+    ``replay_rng=True`` is refused: the second evaluation has other samples, and so other masks.
 
     Differs from the authors' code:
         At least one tensor is active. S has gamma B samples, in the authors' code one less, and
@@ -74,6 +80,11 @@ class ESAM(PerSampleOptimizer):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("replay_rng"):
+            raise ValueError(
+                "replay_rng is True, expected False: the second evaluation of ESAM has fewer "
+                "samples, for which the same random numbers are not the same masks"
+            )
         own = {"rho": rho, "beta": beta, "gamma": gamma, "seed": seed}
         super().__init__(params, base_optimizer, own, **kwargs)
 
@@ -105,14 +116,26 @@ class ESAM(PerSampleOptimizer):
                 perturbed = losses_of(losses_fn, count=count)
             selected = self._select(perturbed - losses, wanted)
             count = len(selected)
-        second = losses_with_graph(losses_fn, index=selected, count=count)
-        self._backward(second.mean())
+        with self._evaluation(1):
+            second = losses_with_graph(losses_fn, index=selected, count=count)
+            self._backward(second.mean())
         self._finish()
         return losses.mean(), (second.detach() if perturbed is None else perturbed).mean()
 
     def _differentiate(self, losses_fn: LossesFn) -> Tensor:
         """Compute the gradients of the active tensors; return all losses at w, detached."""
-        with frozen(self._inactive()), torch.enable_grad():
+        inactive = self._inactive()
+        if self._replicas.waits_for_every_gradient:
+            losses = losses_with_graph(losses_fn)
+            self._backward(losses.mean())
+            for param in inactive:
+                param.grad = None
+            return losses.detach()
+        with self._replicas.evaluation(self, 0):
+            return self._differentiate_without(inactive, losses_fn)
+
+    def _differentiate_without(self, inactive: list[Tensor], losses_fn: LossesFn) -> Tensor:
+        with frozen(inactive), torch.enable_grad():
             losses = losses_of(losses_fn)
             if losses.requires_grad:
                 self._backward(losses.mean())

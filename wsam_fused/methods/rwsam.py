@@ -33,11 +33,14 @@ class RWSAM(PerSampleOptimizer):
 
     Math:
         n_i = |loss_i(w + delta z) - loss_i(w)| / delta     E n_i^2 is about |gradient of loss_i|^2
-        p   = softmax(lam n)                                over the samples of the batch
+        p   = softmax(lam n)                                over the samples of the batch (*)
         g1  = gradient at w of sum of p_i loss_i
         e   = rho M g1 / (sqrt(sum of M g1^2) + eps)        M: the geometry's metric
         g2  = gradient at w + e of the mean loss
         w   <- base(w, g2)                                  row: h = g2
+
+    (*) With ``model`` or ``process_group`` saying which ranks share a perturbation, over the
+    samples of all of them; else over those of the rank.
 
     Args:
         {common_arguments}
@@ -47,7 +50,7 @@ class RWSAM(PerSampleOptimizer):
             dominates (in float32 by about 1e-7 / delta times the loss); too large, and their
             curvature does: the length of the step is delta sqrt(number of parameters). A group
             key, likewise.
-        seed: Of the signs, a whole number >= 0. A group key, likewise.
+        seed: Of the signs, a whole number >= 0, the same on all ranks. A group key, likewise.
         {common_options}
 
     Parameters and losses have to be float32 or float64. An autocast forward of 16 bits makes the
@@ -105,13 +108,16 @@ class RWSAM(PerSampleOptimizer):
 
     def _sharpness_aware_step(self, losses_fn: LossesFn) -> tuple[Tensor, Tensor]:
         probed = self._probe(losses_fn)
-        losses = losses_with_graph(losses_fn, count=len(probed))
         group = self.param_groups[0]
-        norms = (probed - losses.detach()).abs() / self.own(group, "delta")
-        self._backward(torch.dot((self.own(group, "lam") * norms).softmax(0), losses))
+        with self._evaluation(0):
+            losses = losses_with_graph(losses_fn, count=len(probed))
+            norms = (probed - losses.detach()).abs() / self.own(group, "delta")
+            weights, ranks = self._replicas.softmax(self.own(group, "lam") * norms)
+            self._backward(torch.dot(ranks * weights, losses))
         self._go_to_ascent_point()
-        second = losses_with_graph(losses_fn, count=len(probed)).mean()
-        self._backward(second)
+        with self._evaluation(1):
+            second = losses_with_graph(losses_fn, count=len(probed)).mean()
+            self._backward(second)
         self._finish()
         return losses.detach().mean(), second.detach()
 

@@ -1,0 +1,95 @@
+"""Whether a checkpoint is of this optimizer, found out before anything of it is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from wsam_fused.base_rules import BaseRule
+from wsam_fused.method_keys import METHOD
+from wsam_fused.precision import LOW_PRECISION, MASTER_KEY
+
+# Keys that torch gave its optimizers later; they are no sign of another one where they are missing.
+_ADDED_BY_TORCH = {
+    "foreach",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "fused",
+    "decoupled_weight_decay",
+}
+
+RuleOf = Callable[[Mapping[str, Any]], BaseRule]
+
+
+def check_fits(state_dict: Mapping[str, Any], optimizer: Optimizer, base: Optimizer) -> None:
+    """Validate the groups of a checkpoint of this optimizer or of its base optimizer.
+
+    Args:
+        state_dict: The checkpoint. How many groups and parameters it has is for torch to check.
+        optimizer: What it is to be loaded into.
+        base: Its base optimizer.
+
+    Raises:
+        ValueError: It is of another method or another base optimizer.
+    """
+    for saved, now in zip(state_dict["param_groups"], optimizer.param_groups, strict=False):
+        method = saved.get(METHOD, now[METHOD])
+        if method != now[METHOD]:
+            raise ValueError(
+                f"the checkpoint is of {method}, expected one of {now[METHOD]} or of its base "
+                f"optimizer, {type(base).__name__}"
+            )
+        missing = sorted(base.defaults.keys() - saved.keys() - _ADDED_BY_TORCH)
+        if missing:
+            raise ValueError(
+                f"the checkpoint is of another base optimizer than {type(base).__name__}: its "
+                f"groups have no {', '.join(map(repr, missing))}"
+            )
+        kind = "decoupled_weight_decay"
+        if saved.get(kind, now.get(kind)) != now.get(kind):
+            raise ValueError(
+                f"the checkpoint is of another base optimizer than {type(base).__name__}: "
+                f"{kind} is {saved[kind]}, expected {now[kind]}"
+            )
+
+
+def check_states(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], rule_of: RuleOf
+) -> None:
+    """Validate the states of a checkpoint for a base optimizer with a fused update.
+
+    Args:
+        state_dict: The checkpoint, with all keys in its groups.
+        groups: Those of the optimizer.
+        rule_of: Says which base rule a group of the checkpoint has.
+
+    Raises:
+        ValueError: A state is missing or has another shape or dtype than its parameter.
+    """
+    for saved, group in zip(state_dict["param_groups"], groups, strict=False):
+        rule = rule_of(saved)
+        for index, param in zip(saved["params"], group["params"], strict=False):
+            entry = state_dict["state"].get(index) or {}
+            entry = {key: value for key, value in entry.items() if value is not None}
+            master = [MASTER_KEY] if MASTER_KEY in entry else []
+            for key in [*rule.state_keys, *master] if entry else ():
+                _check_state(f"state {key!r} of parameter {index!r}", entry.get(key), param)
+
+
+def _check_state(what: str, value: object, param: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        found = "missing" if value is None else type(value).__name__
+        raise ValueError(f"{what} is {found}, expected a tensor of shape {tuple(param.shape)}")
+    if value.shape != param.shape:
+        raise ValueError(
+            f"{what} is {tuple(value.shape)}, expected a tensor of shape {tuple(param.shape)}"
+        )
+    wide = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
+    allowed: dict[torch.dtype, None] = dict.fromkeys((wide, param.dtype))
+    if value.dtype not in allowed:
+        raise ValueError(f"{what} is {value.dtype}, expected {' or '.join(map(str, allowed))}")

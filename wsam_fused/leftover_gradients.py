@@ -1,0 +1,78 @@
+"""Notices that a step with a closure has thrown away gradients accumulated before it.
+
+Leftovers of the last step are no sign of that, and neither are those that a closure clears itself.
+Gradients that no step has left, and a closure that does not clear them, are: that is how
+micro-batches are accumulated for an optimizer that evaluates once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_LOST = (
+    "step(closure) cleared gradients that no step had left in .grad, and the closure would have "
+    "added to them. A backward before step(closure) is wasted: the closure computes all that a "
+    "step needs. If it was that of earlier micro-batches, they are lost; docs/use_with.md says how "
+    "to accumulate"
+)
+
+
+class _First(NamedTuple):
+    """A parameter with a gradient, which stands for all: what accumulates does so everywhere."""
+
+    param: Tensor
+    grad: Tensor
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Which tensor it is and how often it has been written to."""
+        return id(self.grad), self.grad._version
+
+
+class LeftoverGradients:
+    """Knows which gradients the last step left; warns once of others that are lost."""
+
+    def __init__(self) -> None:
+        self._left: tuple[int, int] | None = None
+        self._marker: _First | None = None
+        self._done = False
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Remember what is there at the end of a step."""
+        first = _first(optimizer)
+        self._left = None if first is None else first.state
+
+    def clear(self, optimizer: Optimizer) -> None:
+        """Clear the gradients, but for a zero where a closure that accumulates will add to it."""
+        self._marker = None
+        first = _first(optimizer)
+        unknown = first is not None and first.state != self._left and not self._done
+        optimizer.zero_grad()
+        if first is not None and unknown:
+            marker = torch.zeros_like(first.grad)
+            first.param.grad = marker
+            self._marker = _First(first.param, marker)
+
+    def check(self) -> None:
+        """Warn if the closure that has been evaluated added to the zero."""
+        marker, self._marker = self._marker, None
+        if marker is None or marker.param.grad is not marker.grad:
+            return
+        if marker.grad._version == 0:  # the closure has nothing to do with this parameter
+            marker.param.grad = None
+            return
+        self._done = True
+        warnings.warn(_LOST, UserWarning, stacklevel=4)
+
+
+def _first(optimizer: Optimizer) -> _First | None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                return _First(param, param.grad)
+    return None

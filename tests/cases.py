@@ -63,6 +63,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# How 16-bit parameters are kept.
+KEEPING: dict[str, dict[str, Any]] = {
+    "master": {"master_weights": True},
+    "narrow": {"state_dtype": "parameter"},
+    "master-narrow": {"master_weights": True, "state_dtype": "parameter"},
+    "chance": {"stochastic_rounding": True},
+    "chance-narrow": {"stochastic_rounding": True, "state_dtype": "parameter"},
+}
+
+
+def keepings_of(dtype: torch.dtype) -> list[str]:
+    """Return the names of those that there are for parameters of 16 bits."""
+    return [name for name in KEEPING if dtype == torch.bfloat16 or "chance" not in name]
+
+
 def _contiguous(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], list[Tensor]]:
     return lambda dtype: [torch.randn(shape, dtype=dtype) for shape in shapes]
 

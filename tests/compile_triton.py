@@ -41,15 +41,23 @@ class Entry(NamedTuple):
     options: dict[str, Any]
 
     @property
+    def has_half_vectors(self) -> bool:
+        """Whether all operands have 16 bits and there are registers for four of each only."""
+        rule = self.arguments[2]
+        states = len(rule.state_keys) if isinstance(rule, BaseRule) else 0
+        return states > 1 and "state_dtype" in self.options and "has_master" not in self.options
+
+    @property
     def name(self) -> str:
         parts = list(self.arguments)
         parts += [key for key, value in self.options.items() if value is True]
-        parts += [value for value in self.options.values() if isinstance(value, Point)]
+        parts += [v for v in self.options.values() if isinstance(v, (Point, torch.dtype))]
         words = [getattr(part, "name", str(part)).removeprefix("torch.").lower() for part in parts]
         return "-".join([f"sm_{self.architecture}", self.module, *words])
 
 
 def _entries() -> Iterator[Entry]:
+    own = {"has_master": False}
     for architecture in ARCHITECTURES:
         pairs = PAIRS if architecture == 90 else FEW_PAIRS
         for dtype, grad in pairs:
@@ -58,25 +66,49 @@ def _entries() -> Iterator[Entry]:
                 yield Entry(architecture, "reduce", (dtype, grad, pairing), {})
             for geometry in Geometry if architecture == 90 else (EUCLIDEAN, ADAPTIVE):
                 for has_backup in {low or geometry != EUCLIDEAN, True}:
-                    options = {"has_backup": has_backup, "target": Point.ASCENT}
+                    options = {"has_backup": has_backup, "target": Point.ASCENT, **own}
                     yield Entry(architecture, "perturb", (dtype, grad, geometry), options)
             yield Entry(
                 architecture,
                 "perturb",
                 (dtype, dtype, EUCLIDEAN),
-                {"has_backup": True, "target": Point.PROBE},
+                {"has_backup": True, "target": Point.PROBE, **own},
             )
             for has_backup in {low, True}:
-                options = {"has_backup": has_backup, "target": Point.WEIGHTS}
+                options = {"has_backup": has_backup, "target": Point.WEIGHTS, **own}
                 yield Entry(architecture, "perturb", (dtype, grad, EUCLIDEAN), options)
             rules = list(BaseRule) if architecture == 90 else [BaseRule.MOMENTUM, BaseRule.ADAM]
             for rule in rules:
                 if rule == BaseRule.NONE and dtype != grad:
                     continue  # a foreign optimizer is given gradients of the parameters' dtype
                 yield Entry(architecture, "update", (dtype, grad, rule, 2), {"has_backup": low})
+            if low:
+                yield from _kept_entries(architecture, dtype)
     for evaluations, has_backup in ((1, False), (2, True), (3, False), (3, True)):
         options = {"has_backup": has_backup}
         yield Entry(90, "update", (F32, F32, BaseRule.ADAM, evaluations), options)
+
+
+def _kept_entries(architecture: int, dtype: torch.dtype) -> Iterator[Entry]:
+    """Parameters of 16 bits with weights in float32, states of their own dtype, chance."""
+    for target in (Point.ASCENT, Point.WEIGHTS) if architecture == 90 else (Point.ASCENT,):
+        options = {"has_backup": True, "target": target, "has_master": True}
+        yield Entry(architecture, "perturb", (dtype, dtype, EUCLIDEAN), options)
+    narrow: dict[str, Any] = {"state_dtype": dtype}
+    master: dict[str, Any] = {"has_master": True}
+    chance: dict[str, Any] = {"by_chance": True, **narrow}
+    kept = [(BaseRule.ADAM, {**master, **narrow})]
+    if dtype == BF16:
+        kept.append((BaseRule.ADAM, chance))
+    if dtype == BF16 and architecture == 90:
+        others = [master, narrow, {"by_chance": True}, {**master, "keep_point": True}]
+        kept += [(BaseRule.ADAM, each) for each in others]
+        kept += [(BaseRule.SGD, master), (BaseRule.AMSGRAD, {**master, **narrow})]
+        kept += [(BaseRule.MOMENTUM, narrow)]
+        kept += [(rule, chance) for rule in (BaseRule.MOMENTUM, BaseRule.AMSGRAD)]
+    for rule, each in kept:
+        options = {"has_backup": True, **each}
+        yield Entry(architecture, "update", (dtype, dtype, rule, 2), options)
 
 
 ENTRIES = list({entry.name: entry for entry in _entries()}.values())

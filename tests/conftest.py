@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import differences
@@ -57,6 +57,13 @@ def _seed() -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can step parameters on the CPU, by name."""
     return str(request.param)
+
+
+@pytest.fixture
+def errors_on_waiting() -> Iterator[Callable[[], None]]:
+    """From its call on, whatever waits for the GPU raises."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from cases import BASES, FOREIGN_BASES, LAYOUTS, METHODS, OPTIONS, moved
+from cases import BASES, FOREIGN_BASES, KEEPING, LAYOUTS, METHODS, OPTIONS, keepings_of, moved
 from comparison import step_both
 
 from wsam_fused.backends import BACKENDS
@@ -39,6 +40,7 @@ class Row(NamedTuple):
     method: str
     option: str
     layout: str = "awkward"
+    keeping: str = ""
 
 
 def rows(dtype: torch.dtype, grad_dtype: torch.dtype) -> Iterator[Row]:
@@ -62,6 +64,12 @@ def rows(dtype: torch.dtype, grad_dtype: torch.dtype) -> Iterator[Row]:
         yield Row(dtype, grad_dtype, "adamw", "wsam", "clip", layout)
     if dtype.itemsize >= torch.float32.itemsize:
         yield Row(dtype, grad_dtype, FOREIGN, "wsam", "plain")
+        return
+    for keeping in keepings_of(dtype):
+        for base in ("sgd-l2", "nesterov", "adamw", "adamw-amsgrad"):
+            for option in ("plain", "adaptive", "fisher"):
+                yield Row(dtype, grad_dtype, base, "wsam", option, keeping=keeping)
+        yield Row(dtype, grad_dtype, "adamw", "bsam-as-published", "plain", keeping=keeping)
 
 
 def parameters(row: Row, device: torch.device) -> list[torch.nn.Parameter]:
@@ -83,8 +91,9 @@ def compare(row: Row, backend: str, device: torch.device) -> int:
         AssertionError: Something differs.
     """
     base = {**BASES, **FOREIGN_BASES}[row.base]
+    options = {**OPTIONS[row.option], **KEEPING.get(row.keeping, {})}
     ours, reference = (
-        METHODS[row.method](parameters(row, where), base, backend=name, **OPTIONS[row.option])
+        METHODS[row.method](parameters(row, where), base, backend=name, **options)
         for where, name in ((device, backend), (torch.device("cpu"), "eager"))
     )
     for number in range(STEPS):
@@ -99,6 +108,7 @@ def run(backend: str, device: torch.device) -> tuple[int, int]:
         The number of steps compared, and of rows that differ.
     """
     steps = bad = 0
+    warnings.filterwarnings("ignore", "gradients are float16")  # of these none vanishes
     for dtype, grad_dtype in PAIRS:
         supported = BACKENDS[backend].DTYPES
         lower = BACKENDS[backend].GRADIENT_DTYPES.get(dtype, ())

@@ -40,6 +40,7 @@ class InterpretedBackend(TritonBackend):
         with (
             _interpreting(),
             _patched_once(),
+            _rounding_bfloat16(),
             np.errstate(all="ignore"),
             warnings.catch_warnings(),
         ):
@@ -81,6 +82,30 @@ def _interpreting() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield
+
+
+@contextmanager
+def _rounding_bfloat16() -> Iterator[None]:
+    """Round float32 to the nearest bfloat16, as a GPU does: the interpreter cuts it."""
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    names = import_module("triton.language")
+    convert: Callable[..., Any] = interpreter._convert_float
+
+    def rounding(values: Any, given: Any, wanted: Any, mode: Any) -> Any:
+        if (given, wanted) == (names.bfloat16, names.float32):
+            return np.asarray(values).astype(np.uint32) << 16
+        if (given, wanted) == (names.float32, names.bfloat16):
+            bits = np.ascontiguousarray(values).view(np.uint32).reshape(np.shape(values))
+            to_even = bits + 0x7FFF + (bits >> 16 & 1)
+            rounded = np.where(np.isnan(values), bits | 0x00400000, to_even)
+            return (rounded >> 16).astype(np.uint16)
+        return convert(values, given, wanted, mode)
+
+    interpreter._convert_float = rounding
+    try:
+        yield
+    finally:
+        interpreter._convert_float = convert
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", re.MULTILINE)
-_CONTROL = re.compile(r"(?:BRA|BRX|BSSY|BSYNC|BAR|CALL|EXIT|RET|WARPSYNC)\b")
+_CONTROL = re.compile(r"(?:BRA|BRX|BSYNC|BAR|CALL|EXIT|RET|WARPSYNC)\b")
+# How numbers of 16 bits become float32.
+_UNPACK = re.compile(r"(?:PRMT|HADD2\.F32|IMAD\.U32)\b")
 _VECTOR_LOAD = re.compile(r"LDG\.E\.(?:\w+\.)*?(64|128)\b(?:\.\w+)* R(\d+)")
 
 
@@ -37,11 +39,12 @@ def spills_in_loops(code: str) -> int | None:
     return sum(bool(re.match(r"(?:LDL|STL)\b", text)) for body in moving for text in body)
 
 
-def vectors_in_flight(code: str) -> int:
+def vectors_in_flight(code: str, bits: int = 128) -> int:
     """Count the vectors that a thread asks for before it waits for the first of them.
 
     That is the most of all pieces of code without a branch; only those with a vector of 16 bytes
-    count, because single addresses are read as vectors of 8.
+    count, because single addresses are read as vectors of 8. If ``bits`` is 64, only those whose
+    first vector is unpacked.
     """
     most = 0
     pending: list[set[int]] = []
@@ -51,12 +54,15 @@ def vectors_in_flight(code: str) -> int:
         registers = set(map(int, re.findall(r"\bR(\d+)\b", text)))
         if load:
             registers.discard(int(load.group(2)))
-        if _CONTROL.match(text) or any(registers & waited for waited in pending):
+        waits = any(registers & waited for waited in pending)
+        if waits and bits == 64 and _UNPACK.match(text):
+            most = max(most, len(pending))
+        if _CONTROL.match(text) or waits:
             pending, widest = [], 0
         if load:
-            bits, first = map(int, load.groups())
-            pending.append(set(range(first, first + bits // 32)))
-            widest = max(widest, bits)
-            if widest == 128:
+            size, first = map(int, load.groups())
+            pending.append(set(range(first, first + size // 32)))
+            widest = max(widest, size)
+            if widest == bits == 128:
                 most = max(most, len(pending))
     return most

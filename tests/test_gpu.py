@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import per_sample_cases
 import pytest
 import torch
-from cases import BASES, METHODS, call, parameters, step
+from cases import BASES, KEEPING, METHODS, parameters, step
+from gpu_training import Training
 from torch import Tensor
 
 from wsam_fused import WSAM, _extension
@@ -35,48 +35,6 @@ def test_what_is_built_or_installed_can_be_used() -> None:
         assert BACKENDS["triton"].unavailable() is None
 
 
-class Training:
-    """A model whose losses are element-wise, so that nothing but the optimizer could vary.
-
-    Args:
-        backend: Of the optimizer.
-        lr: Learning rate, a number or a tensor on the GPU.
-        method: By name.
-        options: Of the optimizer.
-    """
-
-    def __init__(self, backend: str, lr: Any, method: str = "wsam", **options: Any) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(257, 33), (1000,), (3,), (64, 64)]
-        values = [torch.randn(shape, generator=generator).cuda() for shape in shapes]
-        self.params = [torch.nn.Parameter(value) for value in values]
-        self.inputs = [torch.ones_like(value) for value in values]
-        options = {"rho": 0.5, **options}
-        base = functools.partial(torch.optim.AdamW, lr=lr)
-        self.optimizer = METHODS[method](self.params, base, backend=backend, **options)
-
-    def loss(self) -> Tensor:
-        pairs = zip(self.params, self.inputs, strict=True)
-        return sum((((x * p).sin() - 0.1) ** 2).sum() for p, x in pairs)  # type: ignore[return-value]
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        for evaluation in range(self.optimizer.evaluations):
-            self.loss().backward()
-            call(self.optimizer, evaluation)
-
-    def set_inputs(self, number: int) -> None:
-        generator = torch.Generator().manual_seed(number)
-        for x in self.inputs:
-            x.copy_(torch.randn(x.shape, generator=generator))
-
-    def state(self) -> list[Tensor]:
-        entries = [self.optimizer.state[param] for param in self.params]
-        return [param.detach().clone() for param in self.params] + [
-            value.clone() for entry in entries for value in entry.values()
-        ]
-
-
 METHODS_AND_OPTIONS = pytest.mark.parametrize(
     "options",
     [
@@ -88,15 +46,11 @@ METHODS_AND_OPTIONS = pytest.mark.parametrize(
         {"method": "gsam", "max_grad_norm": 1.0, "geometry": "adaptive"},
         {"method": "bsam"},
         {"method": "bsam-as-published", "geometry": "fisher"},
+        *({"dtype": torch.bfloat16, **kept} for kept in KEEPING.values()),
+        {"dtype": torch.float16, "method": "bsam-as-published", **KEEPING["master"]},
+        {"dtype": torch.bfloat16, "adaptive": True, **KEEPING["master-narrow"]},
     ],
 )
-
-
-@pytest.fixture
-def errors_on_waiting() -> Iterator[Callable[[], None]]:
-    """From its call on, whatever waits for the GPU raises."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")

@@ -7,7 +7,8 @@ from typing import Any
 import gpu_small_case
 import pytest
 import torch
-from gpu_small_case import F32, FOREIGN, STEPS, Row
+from cases import KEEPING
+from gpu_small_case import BF16, F32, FOREIGN, STEPS, Row
 
 from wsam_fused.backends.native import NativeBackend
 from wsam_fused.plan import Point, Slot
@@ -21,6 +22,13 @@ NAME = "cuda-emulated"
 def test_it_compares(base: str, layout: str) -> None:
     row = Row(F32, F32, base, "wsam", "plain", layout)
     assert gpu_small_case.compare(row, NAME, CPU) == STEPS
+
+
+@pytest.mark.parametrize("keeping", KEEPING)
+def test_it_compares_what_is_kept_otherwise(keeping: str) -> None:
+    row = Row(BF16, BF16, "adamw", "wsam", "plain", keeping=keeping)
+    assert gpu_small_case.compare(row, NAME, CPU) == STEPS
+    assert row in gpu_small_case.rows(BF16, BF16)
 
 
 def test_it_goes_through_all_rows(

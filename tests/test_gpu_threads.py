@@ -8,7 +8,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from cases import BASES, METHODS, parameters, set_gradients, step
+from cases import BASES, KEEPING, METHODS, parameters, set_gradients, step
 from emulated import EmulatedBackend
 from torch import Tensor
 
@@ -24,11 +24,13 @@ def _usual_order() -> Iterator[None]:
     torch.ops.wsam_fused_emulated.set_seed(0)
 
 
-def results(seed: int, layout: str, base: str, **options: Any) -> list[Tensor]:
+def results(
+    seed: int, layout: str, base: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> list[Tensor]:
     """Parameters, states and norms after two steps, one of which is undone in between."""
     torch.ops.wsam_fused_emulated.set_seed(seed)
     torch.manual_seed(0)
-    params = parameters(layout, torch.float32)
+    params = parameters(layout, dtype)
     optimizer = METHODS["wsam"](params, BASES[base], rho=0.5, backend=NAME, **options)
     step(optimizer, params, 0)
     set_gradients(params, 5)
@@ -48,8 +50,14 @@ def results(seed: int, layout: str, base: str, **options: Any) -> list[Tensor]:
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, {"adaptive": True}, {"restore": "backup", "max_grad_norm": 0.5}],
-    ids=["plain", "adaptive", "backup-clip"],
+    [
+        {},
+        {"adaptive": True},
+        {"restore": "backup", "max_grad_norm": 0.5},
+        {"dtype": torch.bfloat16, "adaptive": True, **KEEPING["master-narrow"]},
+        {"dtype": torch.bfloat16, **KEEPING["chance-narrow"]},
+    ],
+    ids=["plain", "adaptive", "backup-clip", "master-narrow", "chance-narrow"],
 )
 @pytest.mark.parametrize("base", ["nesterov", "amsgrad"])
 def test_the_order_of_threads_and_blocks_changes_no_bit(

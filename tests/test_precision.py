@@ -7,11 +7,24 @@ nothing, states in the dtype that was asked for, checkpoints.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
-from cases import BASES, METHODS, OPTIONS, device_of, parameters, set_gradients, step
+from cases import (
+    BASES,
+    KEEPING,
+    METHODS,
+    OPTIONS,
+    device_of,
+    keepings_of,
+    parameters,
+    seed_of,
+    set_gradients,
+    step,
+)
+from cases import call as hand_over
 from comparison import run_both
 
 from wsam_fused import SAM, WSAM
@@ -28,18 +41,11 @@ BACKEND = pytest.mark.parametrize("name", NAMES)
 FUSED = pytest.mark.parametrize("name", [name for name in NAMES if name != "eager"])
 DTYPE = pytest.mark.parametrize("dtype", LOW, ids=["bfloat16", "float16"])
 
-KEEPING: dict[str, dict[str, Any]] = {
-    "master": {"master_weights": True},
-    "narrow": {"state_dtype": "parameter"},
-    "master-narrow": {"master_weights": True, "state_dtype": "parameter"},
-    "chance": {"stochastic_rounding": True},
-    "chance-narrow": {"stochastic_rounding": True, "state_dtype": "parameter"},
-}
 KEPT = pytest.mark.parametrize("keeping", KEEPING)
 
 
 def kept(keeping: str, dtype: torch.dtype) -> dict[str, Any]:
-    if "chance" in keeping and dtype == torch.float16:
+    if keeping not in keepings_of(dtype):
         pytest.skip("float16 is not rounded by chance")
     return KEEPING[keeping]
 
@@ -109,6 +115,85 @@ def test_small_updates_are_not_lost(name: str) -> None:
     # 4096 elements, each off by less than a spacing of 2^-8 in each of two steps or so: the mean is
     # within 5 sigma of 2^-8 / sqrt(4096) * sqrt(2).
     assert abs(moved["chance"] - 2.0**-7) < 5 * 2.0**-8 / 64 * 1.5
+
+
+@pytest.mark.skipif("cpu" not in NAMES, reason="the extension is not built")
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("cpu", "eager")])
+@DTYPE
+@KEPT
+@pytest.mark.parametrize("base", ["nesterov", "amsgrad"])
+def test_has_the_bits_of_the_cpu_kernels(
+    base: str, keeping: str, dtype: torch.dtype, name: str
+) -> None:
+    """All round every operation alike; only the float64 sums are added in another order."""
+    compare_bits("cpu", name, "bsam-as-published", BASES[base], dtype, **kept(keeping, dtype))
+
+
+@FUSED
+@DTYPE
+def test_noise_goes_from_the_float32_weights(dtype: torch.dtype, name: str) -> None:
+    """Which no method asks for yet."""
+    moved = []
+    for backend in (name, "eager"):
+        torch.manual_seed(0)
+        params = parameters("awkward", dtype, device_of(name))
+        optimizer = SAM(params, BASES["sgd"], backend=backend, master_weights=True)
+        engine = optimizer._begin_without_gradients()
+        engine.lists.set_rows([row._replace(delta=0.25) for row in engine.lists.primary.rows])
+        masters = [optimizer.state[param][MASTER_KEY] for param in params]
+        with torch.no_grad():
+            for param, master in zip(params, masters, strict=True):
+                param.round_()  # so that no sum is rounded but when it is stored
+                master.copy_(param + 2.0**-12)
+            before = [master.clone() for master in masters]
+            engine.probe(12345)
+            moved.append([param.detach().clone() for param in params])
+            for param, w in zip(params, before, strict=True):
+                low, high = ((w + z * 0.25).to(dtype) for z in (-1.0, 1.0))
+                assert ((param == low) | (param == high)).all()
+            engine.return_to_weights()
+        for param, master, w in zip(params, masters, before, strict=True):
+            assert torch.equal(master, w)
+            assert torch.equal(param, w.to(dtype))
+    assert all(torch.equal(p, expected) for p, expected in zip(*moved, strict=True))
+
+
+@FUSED
+@pytest.mark.parametrize("keeping", ["chance", "chance-narrow"])
+def test_chance_has_the_bits_of_the_reference(keeping: str, name: str) -> None:
+    """Numbers of few bits: no operation rounds but the last."""
+    base = functools.partial(torch.optim.SGD, lr=2.0**-10, momentum=0.5)
+    options = {"rho": 0.0, **KEEPING[keeping]}
+    compare_bits("eager", name, "sam", base, torch.bfloat16, bits=5, **options)
+
+
+def compare_bits(
+    one: str, other: str, method: str, base: Any, dtype: torch.dtype, bits: int = 8, **options: Any
+) -> None:
+    """Make steps with two backends; parameters and states are the same bits afterwards.
+
+    ``bits`` of the significands of parameters and gradients are not 0.
+    """
+    kept_bits = []
+    for name in (one, other):
+        torch.manual_seed(0)
+        params = parameters("awkward", dtype, device_of(name))
+        optimizer = METHODS[method](params, base, backend=name, **options)
+        with torch.no_grad():
+            for param in params:
+                param.copy_((param * 2.0 ** (bits - 3)).round() * 2.0 ** (3 - bits))
+        for number in range(3):
+            for evaluation in range(optimizer.evaluations):
+                set_gradients(params, seed_of(number, evaluation))
+                for param in params:
+                    grad = param.grad
+                    assert grad is not None
+                    grad.copy_((grad * 2.0 ** (bits - 3)).round() * 2.0 ** (3 - bits))
+                hand_over(optimizer, evaluation)
+        states = [value for param in params for value in optimizer.state[param].values()]
+        kept_bits.append([tensor.detach().cpu() for tensor in [*params, *states]])
+    for tensor, expected in zip(*kept_bits, strict=True):
+        assert torch.equal(tensor, expected)
 
 
 @BACKEND

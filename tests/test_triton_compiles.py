@@ -56,7 +56,8 @@ def test_kernel(entry: Any, kernels: dict[str, dict[str, Any]]) -> None:
     assert len(found["loads"]) >= vectors[0], "memory is not read by vectors"
     assert len(found["stores"]) >= vectors[1], "memory is not written by vectors"
     widths = [access.split(".v")[1] for access in found["loads"] + found["stores"]]
-    assert {"4.b32", "2.b64"} & set(widths), "no vector is of 16 bytes"
+    whole = {"2.b32"} if entry.has_half_vectors else {"4.b32", "2.b64"}
+    assert whole & set(widths), "no vector is of 16 bytes"
     assert found["moves_between_threads"] == 0, "an element changes its thread"
     assert found["inexact"] == [], "an operation does not round to nearest"
     assert found["local_in_ptx"] == 0

@@ -1,13 +1,10 @@
 """The Triton kernels, interpreted on a CPU, against the reference.
 
-Small lists, because the interpreter takes milliseconds for every tensor and operation. Before
-Triton 3.9 it rounds a fused multiply-add twice, and it cuts float32 to bfloat16 instead of
-rounding: within the tolerances, which allow for one unit in the last place of bfloat16.
+Before Triton 3.9 the interpreter rounds a fused multiply-add twice: within the tolerances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -15,8 +12,22 @@ import interpreted
 import per_sample_cases
 import pytest
 import torch
-from cases import BASES, FOREIGN_BASES, METHODS, OPTIONS, set_gradients, step
-from comparison import GradientDtypes, compare_and_align, step_both
+from cases import BASES, METHODS, OPTIONS, set_gradients, step
+from comparison import compare_and_align
+from interpreted_steps import (
+    ALL_BASES,
+    NAME,
+    STEPS,
+    Values,
+    around_chunks,
+    check,
+    few,
+    pair_of_lists,
+    strided,
+    tiny,
+    unaligned,
+    whole_chunks,
+)
 from tolerances import ONE_STEP, PERTURBED, REDUCTION, close
 from torch import Tensor
 
@@ -24,7 +35,6 @@ from wsam_fused import _extension
 from wsam_fused.backends import BACKENDS
 from wsam_fused.plan import TableRow
 
-NAME = "triton-interpreted"
 BACKEND = interpreted.interpreted_backend()
 
 _REASON = BACKEND.unavailable()
@@ -39,9 +49,6 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-STEPS = 2
-ALL_BASES = {**BASES, **FOREIGN_BASES}
-Values = Callable[[torch.dtype], list[Tensor]]
 
 
 def rounds_once() -> bool:
@@ -50,60 +57,6 @@ def rounds_once() -> bool:
         return False
     version = import_module("triton").__version__
     return tuple(map(int, version.split(".")[:2])) >= (3, 9)
-
-
-def few(dtype: torch.dtype) -> list[Tensor]:
-    """A scalar, an odd size, and more than a chunk of 1,024 with a ragged end."""
-    return [torch.randn(shape, dtype=dtype) for shape in ((), (17, 3), (29, 40))]
-
-
-def unaligned(dtype: torch.dtype) -> list[Tensor]:
-    block = torch.randn(3300, dtype=dtype)
-    return [block[1:18], block[19:1144], block[1145:1146], block[1147:3299]]
-
-
-def around_chunks(dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(size, dtype=dtype) for size in (1024, 1, 1023, 64, 2049, 960, 3)]
-
-
-def whole_chunks(dtype: torch.dtype) -> list[Tensor]:
-    """Some chunks of one tensor each, which go in whole blocks, and a rest."""
-    return [torch.randn(5 * 1024 + 3, dtype=dtype), torch.randn(2048, dtype=dtype)]
-
-
-def strided(dtype: torch.dtype) -> list[Tensor]:
-    picture = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
-    return [torch.randn(8, 6, dtype=dtype).t(), picture, torch.randn(10, 20, dtype=dtype)[:, ::2]]
-
-
-def tiny(dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(1 + i % 5, dtype=dtype) for i in range(24)]
-
-
-def pair_of_lists(values: Values, dtype: torch.dtype) -> list[list[torch.nn.Parameter]]:
-    lists = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        lists.append([torch.nn.Parameter(tensor) for tensor in values(dtype)])
-    return lists
-
-
-def check(
-    method: str,
-    base: str,
-    values: Values = few,
-    dtype: torch.dtype = F32,
-    gradients: GradientDtypes = (None, None),
-    **options: Any,
-) -> None:
-    """Make steps with the kernels and with the reference, and compare after each."""
-    mine, theirs = pair_of_lists(values, dtype)
-    ours = METHODS[method](mine, ALL_BASES[base], backend=NAME, **options)
-    reference = METHODS[method](theirs, ALL_BASES[base], backend="eager", **options)
-    before = mine[-1].detach().clone()
-    for number in range(STEPS):
-        step_both(ours, reference, dtype, number, gradients)
-    assert not torch.equal(mine[-1], before), "the comparison would pass by doing nothing"
 
 
 def check_per_sample(method: str, base: str, dtype: torch.dtype, option: str) -> None:
@@ -161,10 +114,7 @@ def test_noise(values: Values, dtype: torch.dtype) -> None:
         assert not any(torch.equal(p, w) for p, w in zip(moved, before, strict=True))
         params[:] = moved  # type: ignore[assignment]
     for param, expected in zip(*lists, strict=True):
-        if dtype == BF16:  # the interpreter does not always round to the nearest
-            close(param, expected, PERTURBED[dtype], "noise")
-        else:
-            assert torch.equal(param, expected)
+        assert torch.equal(param, expected)
 
 
 @interpreter

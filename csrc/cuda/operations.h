@@ -29,13 +29,14 @@ void with_dtypes(ScalarType dtype, ScalarType grad_dtype, const Body& body) {
 
 // Calls body with values of the C++ types of the weights and the states that belong to parameters
 // of type P: these, or others for parameters of 16 bits.
-template <typename P, typename Body>
+template <typename P, bool has_states, typename Body>
 void with_kept(bool has_master, bool narrow_states, const Body& body) {
   using Wide = typename ComputeType<P>::type;
   if constexpr (sizeof(P) < sizeof(Wide)) {
-    if (has_master && narrow_states) return body(Wide{}, P{});
+    if constexpr (has_states) {
+      if (narrow_states) return has_master ? body(Wide{}, P{}) : body(P{}, P{});
+    }
     if (has_master) return body(Wide{}, Wide{});
-    if (narrow_states) return body(P{}, P{});
   }
   return body(P{}, Wide{});
 }
@@ -62,8 +63,7 @@ void with_rule(int64_t base_rule, const Body& body) {
 template <typename Executor>
 void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
             ScalarType grad_dtype, Tensor groups, Tensor partials, Tensor scalars, Tensor flags,
-            int64_t gradient, int64_t geometry, bool with_first, bool accumulate,
-            bool has_master) {
+            int64_t gradient, int64_t geometry, bool with_first, bool accumulate, bool has_master) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   const double* const group_rows = checked_groups(groups);
   check_gradient(gradient);
@@ -90,8 +90,8 @@ void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
     if (gradient != kGrad1 && with_first) return run(Reduce<G, G, Pairing::kWithFirst>{});
     if (gradient != kGrad1 || geometry == kEuclidean) return run(Reduce<G, G, Pairing::kNone>{});
     if (geometry == kFisher) return run(Reduce<G, G, Pairing::kFisher>{});
-    if (has_master) return run(Reduce<float, G, Pairing::kAdaptive>{});
-    return run(Reduce<P, G, Pairing::kAdaptive>{});
+    with_kept<P, false>(has_master, false,
+                        [&](auto w, auto) { run(Reduce<decltype(w), G, Pairing::kAdaptive>{}); });
   });
 }
 
@@ -119,7 +119,7 @@ void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
   with_dtypes(dtype, grad_dtype, [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);
-    with_kept<P>(has_master, false, [&](auto w, auto) {
+    with_kept<P, false>(has_master, false, [&](auto w, auto) {
       using W = decltype(w);
       if (target == kProbe) return run(Perturb<P, W, P, kNoise>{});
       if (geometry == kAdaptive) return run(Perturb<P, W, G, kAdaptive>{});
@@ -147,8 +147,8 @@ struct UpdateCall {
 template <typename Executor, typename P, typename G>
 void update_typed(const UpdateCall& call) {
   with_rule(call.base_rule, [&](auto rule) {
-    const bool narrow_states = call.narrow_states && state_count(rule()) > 0;
-    with_kept<P>(call.has_master, narrow_states, [&](auto w, auto s) {
+    constexpr bool kHasStates = state_count(decltype(rule)::value) > 0;
+    with_kept<P, kHasStates>(call.has_master, call.narrow_states, [&](auto w, auto s) {
       using Op = Update<P, decltype(w), decltype(s), G, decltype(rule)::value>;
       Executor::walk(Op{call.plan, call.groups, call.scalars, call.flags, call.steps,
                         call.evaluations, call.required, call.checked, call.has_backup,
@@ -173,13 +173,24 @@ void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
   check_precision(dtype, has_backup, has_master, false);  // only the device knows where they are
   check_states(dtype, state_dtype, rounding_seed);
   check_one_device(table, {&chunks, &groups, &scalars, &flags, &steps});
-  const UpdateCall call{table, plan, group_rows, scalar, flag,
-                        static_cast<float*>(steps.mutable_data_ptr()), base_rule,
-                        int(evaluations), int(required), int(checked), has_backup, has_master,
-                        state_dtype == dtype, keep_point, count_skipped, rounding_seed};
-  with_dtypes(dtype, grad_dtype, [&](auto p, auto g) {
-    update_typed<Executor, decltype(p), decltype(g)>(call);
-  });
+  const UpdateCall call{table,
+                        plan,
+                        group_rows,
+                        scalar,
+                        flag,
+                        static_cast<float*>(steps.mutable_data_ptr()),
+                        base_rule,
+                        int(evaluations),
+                        int(required),
+                        int(checked),
+                        has_backup,
+                        has_master,
+                        state_dtype == dtype,
+                        keep_point,
+                        count_skipped,
+                        rounding_seed};
+  with_dtypes(dtype, grad_dtype,
+              [&](auto p, auto g) { update_typed<Executor, decltype(p), decltype(g)>(call); });
 }
 
 }  // namespace wsam_fused

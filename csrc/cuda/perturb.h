@@ -1,8 +1,8 @@
 // perturb_ on a GPU: what cpu/perturb.cpp states. Computes in float32 (float64 for float64
 // parameters) and rounds once, when it stores.
 //
-// Moves 3 elements per parameter (reads w and g1, writes p), 4 where a backup is written. In bytes,
-// for 16-bit parameters: 6, or 8 with w in float32.
+// Moves 3 elements per parameter (reads w and g1, writes p), 4 where a backup is written. For
+// parameters of 16 bits that is 8 bytes, with a backup as with w in float32.
 #pragma once
 
 #include <type_traits>

@@ -57,8 +57,7 @@ struct Reduce {
     slot.g = start<const G>(plan, gradient, tensor, slot.place);
     constexpr int64_t kGeometry = pairing == Pairing::kFisher ? kFisher : kAdaptive;
     slot.other = kReadsOther ? start<const P>(plan, other, tensor, slot.place) : nullptr;
-    slot.eta =
-        scaled_eta(kGeometry, scalars, groups + plan.at(kGroup, tensor) * kGroupColumns);
+    slot.eta = scaled_eta(kGeometry, scalars, groups + plan.at(kGroup, tensor) * kGroupColumns);
     slot.aligned = is_aligned<kWidth>(slot.g) && is_aligned<kWidth>(slot.other);
   }
 

@@ -14,15 +14,16 @@ namespace wsam_fused {
 
 using torch::headeronly::BFloat16;
 
-// W is the type of w where it is kept: that of p, or float32 besides a p of 16 bits; S is that of the
-// states. A type for each, and no branch where they are loaded: see vector.h.
+// W is the type of w where it is kept: that of p, or float32 besides a p of 16 bits; S is that of
+// the states. A type for each, and no branch where they are loaded: see vector.h.
 template <typename P, typename W, typename S, typename G, BaseRule rule>
 struct Update {
   using T = typename ComputeType<P>::type;
   static constexpr bool kHasMaster = !std::is_same_v<P, W>;
   static constexpr int kStates = state_count(rule);
-  static constexpr int kWidth =
-      vector_width(kStates > 0 && sizeof(S) > sizeof(W) ? sizeof(S) : sizeof(W));
+  // With two states a vector has four elements at most: for eight there are too few registers.
+  static constexpr size_t kOfState = kStates > 1 ? sizeof(float) : kStates > 0 ? sizeof(S) : 0;
+  static constexpr int kWidth = vector_width(kOfState > sizeof(W) ? kOfState : sizeof(W));
   // 4 of 8: at most 64 registers, half of the threads that a multiprocessor holds.
   static constexpr int kBlocksPerProcessor = sizeof(T) == sizeof(float) ? 4 : 2;
 
@@ -37,8 +38,8 @@ struct Update {
     int64_t group;
     float age;
     uint32_t chance;  // see chance_at()
-    T perturbation;  // of the group
-    T scale;         // of the perturbation to be undone, 0 if source holds w itself
+    T perturbation;   // of the group
+    T scale;          // of the perturbation to be undone, 0 if source holds w itself
     Coefficients<T> row;
     RuleScalars<T> base;
     Work work;

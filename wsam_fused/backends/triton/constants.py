@@ -60,11 +60,13 @@ AT_RUN_TIME = [
     "chunk_size",
     "target",
     "gradient",
+    "other",
     "accumulate",
     "required",
     "checked",
     "keep_point",
     "count_skipped",
+    "rounding_seed",
 ]
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -75,7 +77,7 @@ TRITON_DTYPES = {
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype that elements are computed in, and of the states."""
+    """Dtype that elements are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -72,13 +72,26 @@ def metric(w, g, eta, GEOMETRY: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def step_to_radius(metric_sq, radius, group, T: tl.constexpr):
+def scaled_eta(scalars, group, GEOMETRY: tl.constexpr):
+    """The eta of a metric for gradients that are multiplied by a loss scale."""
+    eta = tl.load(group + COLUMN.value.eta)
+    if GEOMETRY == DIRECTION.value.FISHER:
+        inverse = tl.load(scalars + SLOT.value.INV_SCALE1)
+        eta = eta * inverse * inverse
+    return eta
+
+
+@triton.jit
+def step_to_radius(scalars, radius, group, T: tl.constexpr):
     """Radius / (norm + eps) with its sign, and 0 where the norm is 0.
 
-    A scale beyond the range of T is held at its largest finite value.
+    A scale beyond the range of T is held at its largest finite value. It goes with the gradient in
+    memory, which is the gradient times a loss scale.
     """
-    norm = tl.sqrt(metric_sq)
-    scale = tl.where(norm > 0, radius / (norm + tl.load(group + COLUMN.value.ascent_eps)), 0.0)
+    inverse = tl.load(scalars + SLOT.value.INV_SCALE1)
+    norm = tl.sqrt(tl.load(scalars + SLOT.value.METRIC_SQ)) * inverse
+    scale = radius / (norm + tl.load(group + COLUMN.value.ascent_eps)) * inverse
+    scale = tl.where(norm > 0, scale, 0.0)
     if T == tl.float64:
         scale = tl.where(scale < LARGEST_DOUBLE, scale, LARGEST_DOUBLE)
     else:
@@ -89,10 +102,9 @@ def step_to_radius(metric_sq, radius, group, T: tl.constexpr):
 @triton.jit
 def scale_at(point, scalars, group, T: tl.constexpr):
     """What M g1, or the noise, is multiplied by to get from w to a point."""
-    metric_sq = tl.load(scalars + SLOT.value.METRIC_SQ)
     ascends = point == POINT.value.ASCENT
     radius = tl.load(group + tl.where(ascends, COLUMN.value.rho, COLUMN.value.rho_descent))
-    scale = step_to_radius(metric_sq, radius, group, T)
+    scale = step_to_radius(scalars, radius, group, T)
     scale = tl.where(ascends, scale, -scale)
     delta = tl.load(group + COLUMN.value.delta).to(T)
     zero = tl.zeros((), T)
@@ -126,9 +138,8 @@ def hashed(x):
 
 
 @triton.jit
-def noise_of_tensor(scalars, key):
-    """What the noise of a tensor begins with."""
-    seed = tl.load(scalars + SLOT.value.SEED).to(tl.int64)
+def noise_of_tensor(seed, key):
+    """What the noise of a tensor begins with; the seed is int64."""
     low = hashed(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32)
     return hashed(hashed(low) + key.to(tl.uint32))
 
@@ -142,11 +153,43 @@ def noise_at(of_tensor, begin, index, T: tl.constexpr):
     return tl.where(((word >> (index & 31).to(tl.uint32)) & 1) != 0, one, -one)
 
 
+# ---- bfloat16 by chance -------------------------------------------------------------------------
+
+
+class Chance(NamedTuple):
+    """What the chances of the elements of a segment follow from."""
+
+    of_tensor: Any
+    begin: Any  # the segment's first element
+
+
+@triton.jit
+def chance_of_tensor(seed, key, age):
+    """What the chances of a tensor begin with; age is how many updates it has had."""
+    return hashed(noise_of_tensor(seed, key) + age.to(tl.uint32))
+
+
+@triton.jit
+def rounded_by_chance(values, chance, index, OPERAND: tl.constexpr):
+    """The bits of float32 values as bfloat16, up with the probability that the value asks for.
+
+    OPERAND is 0 for p and 1 to 3 for the states, ``index`` counts from the segment's first element.
+    """
+    shift: tl.constexpr = OPERAND * 0x85EBCA6B & 0xFFFFFFFF
+    place = (chance.begin + index).to(tl.uint32)
+    odds = hashed(chance.of_tensor + shift + place * 0x9E3779B9) >> 16
+    bits = values.to(tl.uint32, bitcast=True)
+    # What is not finite stays so.
+    finite = (bits & 0x7F800000) != 0x7F800000
+    quiet = tl.where((bits & 0x007FFFFF) != 0, bits | 0x00400000, bits)
+    return (tl.where(finite, bits + odds, quiet) >> 16).to(tl.uint16)
+
+
 # ---- the coefficients of a step -----------------------------------------------------------------
 
 
 class Coefficients(NamedTuple):
-    """Weights of the gradients in h and d, with sign and clipping; scalars of type T."""
+    """Weights of the gradients in memory in h and d, with sign and clipping; of type T."""
 
     h1: Any
     h2: Any
@@ -159,28 +202,44 @@ class Coefficients(NamedTuple):
 @triton.jit
 def all_finite(scalars, checked):
     """Whether the norms are finite that are known; a step in which one is not updates nothing."""
+    found = tl.load(scalars + SLOT.value.FOUND_INF)
     finite = is_finite(tl.load(scalars + SLOT.value.METRIC_SQ))
     finite = (finite & is_finite(tl.load(scalars + SLOT.value.GRAD1_SQ))) | (checked & 1 == 0)
     second = is_finite(tl.load(scalars + SLOT.value.GRAD2_SQ)) | (checked & 2 == 0)
     third = is_finite(tl.load(scalars + SLOT.value.GRAD3_SQ)) | (checked & 4 == 0)
-    return finite & second & third
+    return finite & second & third & (found == 0)
 
 
 @triton.jit
-def clip_factor(sum_sq, max_norm):
+def clip_factor(norm, max_norm):
     """min(1, max_norm / (norm + 1e-6)); a negative max_norm is none."""
-    factor = max_norm / (tl.sqrt(sum_sq) + 1e-6)
+    factor = max_norm / (norm + 1e-6)
     return tl.where((max_norm >= 0) & (factor < 1), factor, 1.0)
+
+
+@triton.jit
+def _inverse_scale(scalars, K: tl.constexpr):
+    """1 / loss scale of gradient K + 1.
+
+    Read wherever it is needed: kept, it takes registers of the loop over elements (seen as spills).
+    """
+    return tl.load(scalars + SLOT.value.INV_SCALE1 + K, volatile=True)
+
+
+@triton.jit
+def _factor(scalars, group, K: tl.constexpr):
+    """What the weights of gradient K + 1 are multiplied by: its sign, clipping and loss scale."""
+    norm = tl.sqrt(tl.load(scalars + SLOT.value.GRAD1_SQ + K)) * _inverse_scale(scalars, K)
+    clip = clip_factor(norm, tl.load(group + COLUMN.value.max_norm))
+    return tl.load(group + COLUMN.value.sign) * clip * _inverse_scale(scalars, K)
 
 
 @triton.jit
 def coefficients(group, scalars, T: tl.constexpr):
     """The row of a group for this step."""
-    sign = tl.load(group + COLUMN.value.sign)
-    max_norm = tl.load(group + COLUMN.value.max_norm)
-    first = sign * clip_factor(tl.load(scalars + SLOT.value.GRAD1_SQ), max_norm)
-    second = sign * clip_factor(tl.load(scalars + SLOT.value.GRAD2_SQ), max_norm)
-    third = sign * clip_factor(tl.load(scalars + SLOT.value.GRAD3_SQ), max_norm)
+    first = _factor(scalars, group, 0)
+    second = _factor(scalars, group, 1)
+    third = _factor(scalars, group, 2)
     return Coefficients(
         (tl.load(group + COLUMN.value.h1) * first).to(T),
         (tl.load(group + COLUMN.value.h2) * second).to(T),

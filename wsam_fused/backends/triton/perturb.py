@@ -11,7 +11,6 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 from wsam_fused.backends.triton.constants import (
     AT_RUN_TIME,
-    COLUMN,
     COLUMNS,
     DIRECTION,
     FLAG,
@@ -31,6 +30,7 @@ from wsam_fused.backends.triton.math import (
     perturbed,
     recomputed,
     scale_at,
+    scaled_eta,
 )
 from wsam_fused.backends.triton.walk import (
     address,
@@ -57,13 +57,14 @@ def restore_block(
     index,
     count,
     P: tl.constexpr,
+    W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     HAS_BACKUP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Put w back: w = fma(-s, g1, p), or the backup, which is the source then."""
-    w = load(source, index, count, P, T, WHOLE)
+    """Put w back: w = fma(-s, g1, p), or the backup or float32 weights, the source then."""
+    w = load(source, index, count, W, T, WHOLE)
     if not HAS_BACKUP:
         w = recomputed(w, load(g1, index, count, G, T, WHOLE), scale)
     store(p, index, count, w, P, WHOLE)
@@ -79,6 +80,7 @@ def _move_block(
     index,
     count,
     P: tl.constexpr,
+    W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     GEOMETRY: tl.constexpr,
@@ -86,14 +88,15 @@ def _move_block(
     WHOLE: tl.constexpr,
 ):
     """To another point than w."""
-    w = load(source, index, count, P, T, WHOLE)
+    w = load(source, index, count, W, T, WHOLE)
     if GEOMETRY == DIRECTION.value.NOISE:
         g = noise_at(move.noise, move.begin, index, T)
     else:
         g = load(g1, index, count, G, T, WHOLE)
     if HAS_BACKUP:
-        if move.keeps:  # in memory that may be that of g1, which has been read
-            store(backup, index, count, w, P, WHOLE)
+        if W == P:  # else it is the float32 weights, which are w anyway
+            if move.keeps:  # in memory that may be that of g1, which has been read
+                store(backup, index, count, w, P, WHOLE)
     else:
         w = recomputed(w, g, move.scale_from)
     store(p, index, count, perturbed(w, g, move.scale_to, move.eta, GEOMETRY, T), P, WHOLE)
@@ -120,6 +123,7 @@ def _block(
     index,
     count,
     P: tl.constexpr,
+    W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     GEOMETRY: tl.constexpr,
@@ -128,9 +132,13 @@ def _block(
     WHOLE: tl.constexpr,
 ):
     if TO_WEIGHTS:
-        restore_block(p, source, g1, move.scale_from, index, count, P, G, T, HAS_BACKUP, WHOLE)
+        restore_block(p, source, g1, move.scale_from, index, count, P, W, G, T, HAS_BACKUP, WHOLE)
     else:
-        _move_block(p, source, backup, g1, move, index, count, P, G, T, GEOMETRY, HAS_BACKUP, WHOLE)
+        # fmt: off
+        _move_block(
+            p, source, backup, g1, move, index, count, P, W, G, T, GEOMETRY, HAS_BACKUP, WHOLE
+        )
+        # fmt: on
 
 
 @triton.jit
@@ -155,6 +163,7 @@ def _perturb_kernel(
     chunk_size,
     target,
     P: tl.constexpr,
+    W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     GEOMETRY: tl.constexpr,
@@ -169,13 +178,14 @@ def _perturb_kernel(
     g1       kGrad1   read; not for noise. A tensor whose address is 0 is left alone
     backup   kBackup  only with HAS_BACKUP, else w is recomputed; written where w is left, read
                       afterwards. May be g1's own memory where the method does not need g1 any
-                      more.
+                      more. Of another dtype than p it is float32 weights: always w, only read.
 
     Moves 3 elements per parameter, 4 where a backup is written. A norm that is not finite leaves
     the list alone: FLAG.AT says afterwards where it is.
     """
     at = tl.load(flags + FLAG.value.AT).to(tl.int32)
     active = _can_move(scalars, at, target)
+    seed = tl.load(scalars + SLOT.value.SEED).to(tl.int64)
     chunk = tl.where(active, tl.program_id(0), chunks)
     while chunk < chunks:
         tensor = tl.load(first_tensor + chunk).to(tl.int32)
@@ -189,17 +199,19 @@ def _perturb_kernel(
             group = groups + cell(table, ROW.value.GROUP, tensors, tensor) * COLUMNS
             scale_from = tl.zeros((), T)
             if HAS_BACKUP:
-                backup = address(table, ROW.value.BACKUP, tensors, tensor, begin, P)
-                source = tl.where(at == POINT.value.WEIGHTS, p, backup)
+                backup = address(table, ROW.value.BACKUP, tensors, tensor, begin, W)
+                source = backup
+                if W == P:
+                    source = tl.where(at == POINT.value.WEIGHTS, p, backup)
             else:
                 scale_from = scale_at(at, scalars, group, T)
             moves = (g1 != 0) | (at == POINT.value.PROBE)
             move = Move(
                 scale_from,
                 scale_at(target, scalars, group, T),
-                tl.load(group + COLUMN.value.eta).to(T),
+                scaled_eta(scalars, group, GEOMETRY).to(T),
                 at == POINT.value.WEIGHTS,
-                noise_of_tensor(scalars, cell(table, ROW.value.KEY, tensors, tensor)),
+                noise_of_tensor(seed, cell(table, ROW.value.KEY, tensors, tensor)),
                 begin,
             )
             count = tl.where(moves, count, 0)
@@ -209,13 +221,13 @@ def _perturb_kernel(
                 index = i + tl.arange(0, BLOCK)
                 _block(
                     p, source, backup, g1, move, index, count,
-                    P, G, T, GEOMETRY, HAS_BACKUP, TO_WEIGHTS, True,
+                    P, W, G, T, GEOMETRY, HAS_BACKUP, TO_WEIGHTS, True,
                 )
             for i in range(whole, count, REST):
                 index = i + tl.arange(0, REST)
                 _block(
                     p, source, backup, g1, move, index, count,
-                    P, G, T, GEOMETRY, HAS_BACKUP, TO_WEIGHTS, False,
+                    P, W, G, T, GEOMETRY, HAS_BACKUP, TO_WEIGHTS, False,
                 )
             # fmt: on
             tensor += 1
@@ -245,6 +257,7 @@ def launch(tensors: TensorList, programs: int, target: Point) -> None:
             tensors.key.geometry,
             table.chunk_size,
             has_backup=tensors.backups is not None,
+            has_master=tensors.key.has_master,
             target=target,
         ),
         **options(PROGRAMS_PER_PROCESSOR),
@@ -258,18 +271,21 @@ def operands(
     chunk_size: int,
     *,
     has_backup: bool,
+    has_master: bool,
     target: Point,
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
     to_weights = target == Point.WEIGHTS
     direction = DIRECTION.value.NOISE if target == Point.PROBE else int(geometry)
+    kept = torch.float32 if has_master else dtype
     return {
         "P": TRITON_DTYPES[dtype],
+        "W": TRITON_DTYPES[kept],
         "G": TRITON_DTYPES[dtype if target == Point.PROBE else grad_dtype],
         "T": TRITON_DTYPES[compute_dtype(dtype)],
         # The way back knows no metric.
         "GEOMETRY": int(Geometry.EUCLIDEAN) if to_weights else direction,
         "HAS_BACKUP": has_backup,
         "TO_WEIGHTS": to_weights,
-        "BLOCK": block_size(dtype, chunk_size),
+        "BLOCK": block_size(kept, chunk_size),
     }

@@ -11,7 +11,6 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 from wsam_fused.backends.triton.constants import (
     AT_RUN_TIME,
-    COLUMN,
     COLUMNS,
     PAIRING,
     REST,
@@ -21,7 +20,7 @@ from wsam_fused.backends.triton.constants import (
     block_size,
     options,
 )
-from wsam_fused.backends.triton.math import metric
+from wsam_fused.backends.triton.math import metric, scaled_eta
 from wsam_fused.backends.triton.walk import (
     address,
     cell,
@@ -76,6 +75,8 @@ def _sums_of_chunk(
     chunk_size,
     last,
     gradient,
+    other_row,
+    scalars,
     P: tl.constexpr,
     G: tl.constexpr,
     PAIR: tl.constexpr,
@@ -91,14 +92,11 @@ def _sums_of_chunk(
         begin, count = segment(table, tensors, tensor, chunk, chunk_size)
         g = address(table, gradient, tensors, tensor, begin, G)
         other = g
-        if PAIR == PAIRING.value.ADAPTIVE:
-            other = address(table, ROW.value.PARAM, tensors, tensor, begin, P)
-        elif PAIR == PAIRING.value.WITH_FIRST:
-            other = address(table, ROW.value.GRAD1, tensors, tensor, begin, P)
+        if PAIR == PAIRING.value.ADAPTIVE or PAIR == PAIRING.value.WITH_FIRST:
+            other = address(table, other_row, tensors, tensor, begin, P)
         count = tl.where((g == 0) | (other == 0), 0, count)
-        eta = tl.load(
-            groups + cell(table, ROW.value.GROUP, tensors, tensor) * COLUMNS + COLUMN.value.eta
-        )
+        group = groups + cell(table, ROW.value.GROUP, tensors, tensor) * COLUMNS
+        eta = scaled_eta(scalars, group, PAIR)
         whole = whole_blocks(g | other, count, BLOCK)
         for i in range(0, whole, BLOCK):
             index = i + tl.arange(0, BLOCK)
@@ -152,6 +150,7 @@ def _reduce_kernel(
     chunks,
     chunk_size,
     gradient,
+    other,
     accumulate,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -166,8 +165,8 @@ def _reduce_kernel(
 
     operand   row               access
     gradient  kGrad1..kGrad3    read     a tensor whose address is 0 is left out
-    w         kParam            read     only for the adaptive geometry
-    g1        kGrad1            read     only WITH_FIRST; likewise
+    other     kParam, kBackup   read     w or float32 weights, only for the adaptive geometry
+              kGrad1            read     g1, only WITH_FIRST; likewise
 
     Moves 1 element per parameter, 2 where another operand is read. One pair of partial sums per
     chunk, which the program that is last adds: nothing depends on the number of programs.
@@ -177,7 +176,7 @@ def _reduce_kernel(
         last = last_tensor(first_tensor, chunk, tensors, chunks)
         # fmt: off
         first, plain_sq = _sums_of_chunk(
-            table, first_tensor, groups, tensors, chunk, chunk_size, last, gradient,
+            table, first_tensor, groups, tensors, chunk, chunk_size, last, gradient, other, scalars,
             P, G, PAIR, BLOCK,
         )
         # fmt: on
@@ -211,10 +210,23 @@ def launch(
         table.chunks.shape[0],
         table.chunk_size,
         int(gradient),
+        int(_other_row(gradient, has_master=tensors.key.has_master)),
         int(accumulate),
-        **operands(tensors.key.dtype, tensors.grad_dtype, pairing, table.chunk_size),
+        **operands(
+            torch.float32 if tensors.key.has_master else tensors.key.dtype,
+            tensors.grad_dtype,
+            pairing,
+            table.chunk_size,
+        ),
         **options(programs_per_processor(tensors.grad_dtype, pairing)),
     )
+
+
+def _other_row(gradient: TableRow, *, has_master: bool) -> TableRow:
+    """Where the operand is that some pairings read besides the gradient."""
+    if gradient != TableRow.GRAD1:
+        return TableRow.GRAD1
+    return TableRow.BACKUP if has_master else TableRow.PARAM
 
 
 def _sums_squares(pairing: int) -> bool:
@@ -242,7 +254,7 @@ def pairing_of(gradient: TableRow, geometry: Geometry, *, with_first: bool) -> i
 def operands(
     dtype: torch.dtype, grad_dtype: torch.dtype, pairing: int, chunk_size: int
 ) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for; ``dtype`` is that of w where it is read."""
     # Where the parameters are not read, one kernel for each type of gradient.
     other = dtype if pairing == PAIRING.value.ADAPTIVE else grad_dtype
     widest = max(other, grad_dtype, key=lambda d: d.itemsize)

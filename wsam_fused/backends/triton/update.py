@@ -82,12 +82,17 @@ def _update_kernel(
     checked,
     keep_point,
     count_skipped,
+    rounding_seed,
     P: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     RULE: tl.constexpr,
     EVALUATIONS: tl.constexpr,
     HAS_BACKUP: tl.constexpr,
+    FROM_POINT: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
     BLOCK: tl.constexpr,
     TENSORS: tl.constexpr,
 ):
@@ -99,15 +104,18 @@ def _update_kernel(
     p        kParam          read (where w is recomputed or p itself) and written
     g1..g3   kGrad1..kGrad3  as many as EVALUATIONS; read; written by NONE: h into g1, d into g2,
                              h into g2 where there is no g1
-    backup   kBackup         read, only with HAS_BACKUP
-    state    kState1..3      read and written, float32 or float64
+    backup   kBackup         read, only with HAS_BACKUP; of another dtype than p it is float32
+                             weights: read, unless FROM_POINT, and written
+    state    kState1..3      read and written
     steps    -               float32, one per tensor: read, and 1 added where a rule was stepped
 
-    Moves 8 elements per parameter with Adam, 6 with momentum. A tensor that lacks a required
-    gradient is restored and not updated; a step with a norm that is not finite updates nothing.
+    Moves 8 elements per parameter with Adam, 6 with momentum, one more with float32 weights. A
+    tensor that lacks a required gradient is restored and not updated; a step with a norm that is
+    not finite updates nothing.
     """
     at = tl.load(flags + FLAG.value.AT).to(tl.int32)
-    step = Step(all_finite(scalars, checked) == 0, at, required, keep_point)
+    skipped = all_finite(scalars, checked) == 0
+    step = Step(skipped, at, required, keep_point, rounding_seed + tl.zeros((), tl.int64))
     # Of the tensor that comes first, unless the table is not walked at all.
     tensor = tl.load(first_tensor + tl.program_id(0)).to(tl.int32)
     group = cell(table, ROW.value.GROUP, tensors, tensor).to(tl.int32)
@@ -126,7 +134,7 @@ def _update_kernel(
             # fmt: off
             step_segment(
                 table, tensors, tensor, begin, count, step, known,
-                P, G, T, RULE, EVALUATIONS, HAS_BACKUP, BLOCK,
+                P, W, S, G, T, RULE, EVALUATIONS, HAS_BACKUP, FROM_POINT, BY_CHANCE, BLOCK,
             )
             # fmt: on
             tensor += 1
@@ -139,11 +147,28 @@ def _update_kernel(
 def programs_per_processor(dtype: torch.dtype, rule: BaseRule) -> int:
     """How many share a multiprocessor: as many as leave them the registers that they need.
 
-    At most 64 a thread without a second state; with it 80, in float64 128.
+    At most 64 a thread without a state; with one 80, with more in float64 128.
     """
-    if len(rule.state_keys) < 2:
+    states = len(rule.state_keys)
+    if states == 0:
         return 4
-    return 2 if dtype == torch.float64 else 3
+    return 2 if states > 1 and dtype == torch.float64 else 3
+
+
+def _widest(
+    dtype: torch.dtype, rule: BaseRule, state_dtype: torch.dtype, *, has_master: bool
+) -> torch.dtype:
+    """Return the dtype of which a thread's elements fill a vector.
+
+    That is the widest of weights and states; with two states at least float32: for the eight
+    elements of a vector of 16 bits there are too few registers.
+    """
+    stored = [compute_dtype(dtype) if has_master else dtype]
+    if rule.state_keys:
+        stored.append(state_dtype)
+    if len(rule.state_keys) > 1:
+        stored.append(torch.float32)
+    return max(stored, key=lambda d: d.itemsize)
 
 
 def launch(
@@ -158,7 +183,7 @@ def launch(
     count_skipped: bool,
 ) -> None:
     """Launch on the current stream of the current device, without waiting for anything."""
-    table = tensors.table
+    table, key = tensors.table, tensors.key
     assert table is not None
     _update_kernel[(programs,)](
         table.table,
@@ -174,15 +199,20 @@ def launch(
         checked,
         int(keep_point),
         int(count_skipped),
+        tensors.rounding_seed,
         **operands(
-            tensors.key.dtype,
+            key.dtype,
             tensors.grad_dtype,
             rule,
             evaluations,
             table.chunk_size,
             has_backup=tensors.backups is not None,
+            state_dtype=key.state_dtype,
+            has_master=key.has_master,
+            keep_point=keep_point,
+            by_chance=rule != BaseRule.NONE and tensors.rounding_seed >= 0,
         ),
-        **options(programs_per_processor(tensors.key.dtype, rule)),
+        **options(programs_per_processor(key.dtype, rule)),
     )
 
 
@@ -194,17 +224,27 @@ def operands(
     chunk_size: int,
     *,
     has_backup: bool,
+    state_dtype: torch.dtype | None = None,
+    has_master: bool = False,
+    keep_point: bool = False,
+    by_chance: bool = False,
 ) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for; ``state_dtype`` is at least float32 by default."""
     wide = compute_dtype(dtype)
+    states = state_dtype or wide
+    widest = _widest(dtype, rule, states, has_master=has_master)
     return {
         "P": TRITON_DTYPES[dtype],
+        "W": TRITON_DTYPES[wide if has_master else dtype],
+        "S": TRITON_DTYPES[states],
         "G": TRITON_DTYPES[grad_dtype],
         "T": TRITON_DTYPES[wide],
         "RULE": int(rule),
         "EVALUATIONS": evaluations,
         "HAS_BACKUP": has_backup,
-        # A vector of the widest operand: low precision alone has no states of float32.
-        "BLOCK": block_size(wide if rule.state_keys else dtype, chunk_size),
+        # Only then it is decided here: otherwise the source is where the update starts from.
+        "FROM_POINT": has_master and keep_point,
+        "BY_CHANCE": by_chance,
+        "BLOCK": block_size(widest, chunk_size),
         "TENSORS": _TENSORS,
     }

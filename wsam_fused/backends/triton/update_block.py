@@ -19,14 +19,14 @@ from wsam_fused.backends.triton.math import (
     weighted,
 )
 from wsam_fused.backends.triton.perturb import restore_block
-from wsam_fused.backends.triton.walk import load, store, whole_blocks
+from wsam_fused.backends.triton.walk import load, store, store_rounded, whole_blocks
 
 
 class Addresses(NamedTuple):
     """Where the elements of a segment are; what a kernel does not read has p's address."""
 
     p: Any
-    source: Any  # where w is restored from: p or the backup
+    source: Any  # where w is: p, the backup or the float32 weights
     g1: Any
     g2: Any
     g3: Any
@@ -62,26 +62,39 @@ def _row_of(
 
 
 @triton.jit
-def _step_rule(w, h, s, at, index, count, T: tl.constexpr, RULE: tl.constexpr, WHOLE: tl.constexpr):
+def _step_rule(
+    w,
+    h,
+    s,
+    at,
+    chance,
+    index,
+    count,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    RULE: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """W after a step of the base rule; reads and writes its state."""
     u = tl.fma(s.l2, w, h)
     if RULE == RULES.value.SGD:
         w = sgd_step(w, u, s)
     elif RULE == RULES.value.MOMENTUM:
-        velocity = load(at.state1, index, count, T, T, WHOLE)
+        velocity = load(at.state1, index, count, S, T, WHOLE)
         w, velocity = momentum_step(w, u, velocity, s)
-        store(at.state1, index, count, velocity, T, WHOLE)
+        store_rounded(at.state1, index, count, velocity, chance, 1, S, BY_CHANCE, WHOLE)
     else:
-        average = load(at.state1, index, count, T, T, WHOLE)
-        square = load(at.state2, index, count, T, T, WHOLE)
+        average = load(at.state1, index, count, S, T, WHOLE)
+        square = load(at.state2, index, count, S, T, WHOLE)
         if RULE == RULES.value.AMSGRAD:  # before anything is stored, which it would wait for
-            largest = load(at.state3, index, count, T, T, WHOLE)
+            largest = load(at.state3, index, count, S, T, WHOLE)
         average, square = adam_averages(u, average, square, s)
-        store(at.state1, index, count, average, T, WHOLE)
-        store(at.state2, index, count, square, T, WHOLE)
+        store_rounded(at.state1, index, count, average, chance, 1, S, BY_CHANCE, WHOLE)
+        store_rounded(at.state2, index, count, square, chance, 2, S, BY_CHANCE, WHOLE)
         if RULE == RULES.value.AMSGRAD:
             square = larger(largest, square)
-            store(at.state3, index, count, square, T, WHOLE)
+            store_rounded(at.state3, index, count, square, chance, 3, S, BY_CHANCE, WHOLE)
         w = adam_step(w, average, square, s, T)
     return w
 
@@ -92,17 +105,25 @@ def _update_block(
     scale,
     c,
     s,
+    chance,
     index,
     count,
     P: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     RULE: tl.constexpr,
     EVALUATIONS: tl.constexpr,
     HAS_BACKUP: tl.constexpr,
+    FROM_POINT: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    w = load(at.source, index, count, P, T, WHOLE)
+    if FROM_POINT:
+        w = load(at.p, index, count, P, T, WHOLE)
+    else:
+        w = load(at.source, index, count, W, T, WHOLE)
     g1, h, d = _row_of(c, at, index, count, G, T, EVALUATIONS, WHOLE)
     if not HAS_BACKUP:
         w = recomputed(w, g1, scale)
@@ -111,9 +132,11 @@ def _update_block(
             store(at.g2, index, count, d, G, WHOLE)
         store(at.g1, index, count, h, G, WHOLE)
     else:
-        w = _step_rule(w, h, s, at, index, count, T, RULE, WHOLE)
+        w = _step_rule(w, h, s, at, chance, index, count, S, T, RULE, BY_CHANCE, WHOLE)
         w = tl.fma(-s.lr, d, w)
-    store(at.p, index, count, w, P, WHOLE)
+    store_rounded(at.p, index, count, w, chance, 0, P, BY_CHANCE, WHOLE)
+    if W != P:
+        store(at.source, index, count, w, W, WHOLE)
 
 
 @triton.jit
@@ -123,30 +146,41 @@ def restore_or_update(
     scale,
     c,
     s,
+    chance,
     count,
     P: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     RULE: tl.constexpr,
     EVALUATIONS: tl.constexpr,
     HAS_BACKUP: tl.constexpr,
+    FROM_POINT: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The blocks of one segment."""
     reached = at.p | at.source | at.g1 | at.g2 | at.g3 | at.state1 | at.state2 | at.state3
     whole = whole_blocks(reached, count, BLOCK)
+    # fmt: off
     if update:
         for i in range(0, whole, BLOCK):
             index = i + tl.arange(0, BLOCK)
             _update_block(
-                at, scale, c, s, index, count, P, G, T, RULE, EVALUATIONS, HAS_BACKUP, True
+                at, scale, c, s, chance, index, count,
+                P, W, S, G, T, RULE, EVALUATIONS, HAS_BACKUP, FROM_POINT, BY_CHANCE, True,
             )
         for i in range(whole, count, REST):
             index = i + tl.arange(0, REST)
             _update_block(
-                at, scale, c, s, index, count, P, G, T, RULE, EVALUATIONS, HAS_BACKUP, False
+                at, scale, c, s, chance, index, count,
+                P, W, S, G, T, RULE, EVALUATIONS, HAS_BACKUP, FROM_POINT, BY_CHANCE, False,
             )
     else:  # rare: not worth vectors
         for i in range(0, count, REST):
             index = i + tl.arange(0, REST)
-            restore_block(at.p, at.source, at.g1, scale, index, count, P, G, T, HAS_BACKUP, False)
+            restore_block(
+                at.p, at.source, at.g1, scale, index, count, P, W, G, T, HAS_BACKUP, False
+            )
+    # fmt: on

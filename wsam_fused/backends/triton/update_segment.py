@@ -9,7 +9,13 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from wsam_fused.backends.triton.constants import COLUMNS, POINT, ROW, RULES
-from wsam_fused.backends.triton.math import coefficients, rule_scalars, scale_at
+from wsam_fused.backends.triton.math import (
+    Chance,
+    chance_of_tensor,
+    coefficients,
+    rule_scalars,
+    scale_at,
+)
 from wsam_fused.backends.triton.update_block import Addresses, restore_or_update
 from wsam_fused.backends.triton.walk import address, cell
 
@@ -22,8 +28,9 @@ def addresses(
     begin,
     from_backup,
     P: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
     G: tl.constexpr,
-    T: tl.constexpr,
     RULE: tl.constexpr,
     EVALUATIONS: tl.constexpr,
     HAS_BACKUP: tl.constexpr,
@@ -33,19 +40,19 @@ def addresses(
     source, g2, g3, state1, state2, state3 = p, p, p, p, p, p
     g1 = address(table, ROW.value.GRAD1, tensors, tensor, begin, G)
     if HAS_BACKUP:
-        source = tl.where(
-            from_backup, address(table, ROW.value.BACKUP, tensors, tensor, begin, P), p
-        )
+        source = address(table, ROW.value.BACKUP, tensors, tensor, begin, W)
+        if W == P:
+            source = tl.where(from_backup, source, p)
     if EVALUATIONS > 1:
         g2 = address(table, ROW.value.GRAD2, tensors, tensor, begin, G)
     if EVALUATIONS > 2:
         g3 = address(table, ROW.value.GRAD3, tensors, tensor, begin, G)
     if RULE >= RULES.value.MOMENTUM:
-        state1 = address(table, ROW.value.STATE1, tensors, tensor, begin, T)
+        state1 = address(table, ROW.value.STATE1, tensors, tensor, begin, S)
     if RULE >= RULES.value.ADAM:
-        state2 = address(table, ROW.value.STATE2, tensors, tensor, begin, T)
+        state2 = address(table, ROW.value.STATE2, tensors, tensor, begin, S)
     if RULE >= RULES.value.AMSGRAD:
-        state3 = address(table, ROW.value.STATE3, tensors, tensor, begin, T)
+        state3 = address(table, ROW.value.STATE3, tensors, tensor, begin, S)
     return Addresses(p, source, g1, g2, g3, state1, state2, state3)
 
 
@@ -66,6 +73,7 @@ class Step(NamedTuple):
     at: Any
     required: Any
     keep_point: Any
+    rounding_seed: Any
 
 
 class TensorScalars(NamedTuple):
@@ -102,11 +110,15 @@ def step_segment(
     step,
     known,
     P: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     RULE: tl.constexpr,
     EVALUATIONS: tl.constexpr,
     HAS_BACKUP: tl.constexpr,
+    FROM_POINT: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update what of a tensor lies in a chunk, or restore it, or leave it alone."""
@@ -114,7 +126,11 @@ def step_segment(
     moved = (step.at != POINT.value.WEIGHTS) & has_first
     update = has_gradients(table, tensors, tensor, step.required) & (step.skipped == 0)
     restores = moved & ((update & (step.keep_point != 0)) == 0)
-    at = addresses(table, tensors, tensor, begin, restores, P, G, T, RULE, EVALUATIONS, HAS_BACKUP)
+    # fmt: off
+    at = addresses(
+        table, tensors, tensor, begin, restores, P, W, S, G, RULE, EVALUATIONS, HAS_BACKUP
+    )
+    # fmt: on
     scale = tl.zeros((), T)
     if not HAS_BACKUP:
         scale = tl.where(restores, known.perturbation, scale)
@@ -126,7 +142,14 @@ def step_segment(
             used = has_first
         g1 = tl.where(used, at.g1, at.g2)
         at = Addresses(at.p, at.source, g1, at.g2, at.g3, at.state1, at.state2, at.state3)
+    of_tensor = tl.zeros((), tl.uint32)
+    if BY_CHANCE:
+        key = cell(table, ROW.value.KEY, tensors, tensor)
+        of_tensor = chance_of_tensor(step.rounding_seed, key, known.age)
     if update | moved:
+        # fmt: off
         restore_or_update(
-            at, update, scale, c, known.base, count, P, G, T, RULE, EVALUATIONS, HAS_BACKUP, BLOCK
+            at, update, scale, c, known.base, Chance(of_tensor, begin), count,
+            P, W, S, G, T, RULE, EVALUATIONS, HAS_BACKUP, FROM_POINT, BY_CHANCE, BLOCK,
         )
+        # fmt: on

@@ -14,6 +14,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from wsam_fused.backends.triton.constants import FLAG, ROW
+from wsam_fused.backends.triton.math import rounded_by_chance
 
 
 @triton.jit
@@ -78,6 +79,26 @@ def store(start, index, count, values, STORAGE: tl.constexpr, WHOLE: tl.constexp
         tl.store(pointer(start, STORAGE, WHOLE) + index, values.to(STORAGE))
     else:
         tl.store(pointer(start, STORAGE, WHOLE) + index, values.to(STORAGE), mask=index < count)
+
+
+@triton.jit
+def store_rounded(
+    start,
+    index,
+    count,
+    values,
+    chance,
+    OPERAND: tl.constexpr,
+    STORAGE: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Like :func:`store`, but bfloat16 is rounded by chance if BY_CHANCE."""
+    if BY_CHANCE and STORAGE == tl.bfloat16:
+        bits = rounded_by_chance(values, chance, index, OPERAND)
+        store(start, index, count, bits, tl.uint16, WHOLE)
+    else:
+        store(start, index, count, values, STORAGE, WHOLE)
 
 
 @triton.jit

@@ -411,3 +411,60 @@ def test_not_with_updates_in_the_backward() -> None:
     with pytest.raises(RuntimeError, match=r"given a scaler while update_in_backward\(\) is"):
         run.optimizer.first_step(zero_grad=True, scaler=run.scaler)
     assert not run.optimizer.is_perturbed
+
+
+@pytest.mark.parametrize("way", ["calls", "second_evaluation"])
+def test_an_overflow_does_not_skip_later_steps(way: str) -> None:
+    """With ``every``, the steps after it are plain ones, of which the scaler says nothing."""
+    run = Run(SAM, BASES["sgd"], scaler_of(), rho=0.1, every=3)
+    make = Run.by_calls if way == "calls" else with_second_evaluation
+    assert run.scaler is not None
+    moved = []
+    for number in range(1, 8):
+        before = weights(run)
+        run.poison = 1 if number == 3 else None
+        make(run)
+        moved.append(not all(map(torch.equal, weights(run), before)))
+    assert run.scaler.get_scale() == SCALE / 2
+    assert moved[3:] == [True] * 4
+
+
+def test_ways_of_scaling_may_change_after_an_overflow() -> None:
+    run = Run(SAM, BASES["sgd"], scaler_of(), rho=0.1)
+    assert run.scaler is not None
+    run.poison = 1
+    run.by_calls()
+    run.poison = None
+    before = weights(run)
+    run.by_closure()
+    assert run.scaler.get_scale() == SCALE / 2
+    assert not all(map(torch.equal, weights(run), before))
+
+
+def test_a_step_of_the_scaler_that_fails_leaves_nothing_behind() -> None:
+    run = Run(WSAM, BASES["sgd"], scaler_of(), restore="backup")
+    scaler = run.scaler
+    assert scaler is not None
+    run.backward()
+    with pytest.raises(RuntimeError, match="nothing is pending"):
+        scaler.step(run.optimizer)
+    scaler.update()
+    run.optimizer.zero_grad()
+    run.by_closure()
+    run.by_calls()
+    assert not run.optimizer.is_perturbed
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_recomputed_weights_of_a_skipped_step_are_within_a_unit(way: str) -> None:
+    """Without a copy of w an overflow in g2 leaves the state as it was, and w but for rounding."""
+    run = Run(WSAM, BASES["adamw"], scaler_of(), rho=0.1)
+    WAYS[way](run)
+    before = run.tensors()
+    run.poison = 1
+    WAYS[way](run)
+    for i, (now, then) in enumerate(zip(run.tensors(), before, strict=True)):
+        if i < len(weights(run)):
+            torch.testing.assert_close(now, then, rtol=2.0**-51, atol=2.0**-54)
+        else:
+            assert torch.equal(now, then)

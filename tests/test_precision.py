@@ -386,3 +386,87 @@ def test_not_with_a_foreign_base(keeping: str) -> None:
     params = [torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]
     with pytest.raises(ValueError, match="stepped as it is, expected torch"):
         WSAM(params, torch.optim.RMSprop, **KEEPING[keeping])
+
+
+@BACKEND
+@pytest.mark.parametrize("ends_by", ["restore", "closure"])
+def test_what_others_write_survives_a_step_that_fails(ends_by: str, name: str) -> None:
+    params = parameters("unaligned", torch.bfloat16, device_of(name))
+    optimizer = WSAM(params, BASES["sgd"], master_weights=True, backend=name)
+    step(optimizer, params, 0)
+    with torch.no_grad():
+        params[1].fill_(3.0)
+    if ends_by == "restore":
+        optimizer.restore()
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step(_out_of_memory)
+    optimizer.param_groups[0]["lr"] = 0.0
+    step(optimizer, params, 1)
+    assert (params[1] == 3.0).all()
+    assert (optimizer.state[params[1]][MASTER_KEY] == 3.0).all()
+
+
+def _out_of_memory() -> None:
+    raise RuntimeError("out of memory")
+
+
+@BACKEND
+def test_a_layout_that_changes_while_perturbed(name: str) -> None:
+    param = torch.nn.Parameter(torch.randn(8, 4, 3, 3).to(device_of(name), torch.bfloat16))
+    optimizer = SAM([param], BASES["sgd"], rho=0.5, master_weights=True, backend=name)
+    step(optimizer, [param], 0)
+    before, master = param.detach().clone(), optimizer.state[param][MASTER_KEY].clone()
+    set_gradients([param], 1)
+    optimizer.first_step(zero_grad=True)
+    param.data = param.data.to(memory_format=torch.channels_last)
+    optimizer.restore()
+    assert torch.equal(param, before)
+    optimizer.param_groups[0]["lr"] = 0.0
+    step(optimizer, [param], 2)
+    assert torch.equal(param, before)
+    assert torch.equal(optimizer.state[param][MASTER_KEY], master)
+
+
+def test_chance_goes_on_from_a_checkpoint_and_with_new_tables() -> None:
+    """SGD has no count of its own in a checkpoint; what chance takes follows from the group's."""
+    results = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        params = parameters("unaligned", torch.bfloat16)
+        optimizer = SAM(params, BASES["sgd"], stochastic_rounding=True)
+        for number in range(4):
+            if interrupted and number == 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = SAM(params, BASES["sgd"], stochastic_rounding=True)
+                optimizer.load_state_dict(state)
+            if interrupted and number == 3:
+                params[0].data = params[0].data.clone()  # makes new tables
+            step(optimizer, params, number)
+        results.append(torch.cat([param.detach().flatten() for param in params]))
+    assert torch.equal(*results)
+
+
+def test_checkpoints_load_before_all_states_exist() -> None:
+    params = parameters("unaligned", torch.bfloat16)
+    options = {"master_weights": True, "check_finite": True}
+    optimizer = SAM(params, BASES["sgdm-dampened"], **options)
+    for call in (optimizer.first_step, optimizer.second_step):
+        set_gradients(params, 0)
+        params[0].grad[0] = float("nan")  # type: ignore[index]
+        call(zero_grad=True)
+    again = SAM(params, BASES["sgdm-dampened"], **options)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(again, params, 1)
+    assert again.state[params[0]]["momentum_buffer"] is not None
+
+
+def test_wider_parameters_drop_the_weights_of_a_checkpoint() -> None:
+    low = parameters("unaligned", torch.bfloat16)
+    optimizer = WSAM(low, BASES["adamw"], master_weights=True)
+    step(optimizer, low, 0)
+    wide = [torch.nn.Parameter(param.detach().float()) for param in low]
+    other = WSAM(wide, BASES["adamw"], master_weights=True)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(other, wide, 1)
+    assert all(MASTER_KEY not in other.state[param] for param in wide)

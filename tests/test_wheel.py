@@ -64,7 +64,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_of_the_tree() -> set[str]:
-    """Return all files but compiled objects and what tests, tools and git bring about."""
+    """Return all files but those of builds and what tests, tools and git bring about."""
     listed = subprocess.run(
         ["git", "status", "--short", "--ignored", "--untracked-files=all"],
         capture_output=True,
@@ -74,7 +74,7 @@ def files_of_the_tree() -> set[str]:
     return {
         line
         for line in listed.stdout.splitlines()
-        if not re.search(r" build/temp|/?(__pycache__|\.\w+_cache|\.hypothesis)/", line)
+        if not re.search(r" build/|/?(__pycache__|\.\w+_cache|\.hypothesis)/", line)
     }
 
 

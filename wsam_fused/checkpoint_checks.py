@@ -23,6 +23,9 @@ _ADDED_BY_TORCH = {
     "decoupled_weight_decay",
 }
 
+# States that an option brings: none has them if it was switched on after the last step.
+_SWITCHED_ON = ("momentum_buffer", "max_exp_avg_sq")
+
 RuleOf = Callable[[Mapping[str, Any]], BaseRule]
 
 
@@ -42,7 +45,8 @@ def check_fits(state_dict: Mapping[str, Any], optimizer: Optimizer, base: Optimi
         if method != now[METHOD]:
             raise ValueError(
                 f"the checkpoint is of {method}, expected one of {now[METHOD]} or of its base "
-                f"optimizer, {type(base).__name__}"
+                f"optimizer, {type(base).__name__}; to take it all the same, delete {METHOD!r} "
+                "from its groups"
             )
         missing = sorted(base.defaults.keys() - saved.keys() - _ADDED_BY_TORCH)
         if missing:
@@ -72,12 +76,15 @@ def check_states(
         ValueError: A state is missing or has another shape or dtype than its parameter.
     """
     for saved, group in zip(state_dict["param_groups"], groups, strict=False):
-        rule = rule_of(saved)
-        for index, param in zip(saved["params"], group["params"], strict=False):
-            entry = state_dict["state"].get(index) or {}
-            entry = {key: value for key, value in entry.items() if value is not None}
-            master = [MASTER_KEY] if MASTER_KEY in entry else []
-            for key in [*rule.state_keys, *master] if entry else ():
+        entries = [
+            {k: v for k, v in (state_dict["state"].get(index) or {}).items() if v is not None}
+            for index in saved["params"]
+        ]
+        present = {key for entry in entries for key in entry}
+        wanted = [k for k in rule_of(saved).state_keys if k in present or k not in _SWITCHED_ON]
+        for index, entry, param in zip(saved["params"], entries, group["params"], strict=False):
+            keys = wanted if entry.keys() - {MASTER_KEY} else []
+            for key in [*keys, MASTER_KEY] if MASTER_KEY in entry else keys:
                 _check_state(f"state {key!r} of parameter {index!r}", entry.get(key), param)
 
 

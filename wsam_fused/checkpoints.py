@@ -71,6 +71,7 @@ def keep_wide_states(
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in zip(saved, params, strict=True):
         if param.dtype not in LOW_PRECISION:
+            optimizer.state.get(param, {}).pop(MASTER_KEY, None)
             continue
         for key, value in state_dict["state"].get(index, {}).items():
             if key == MASTER_KEY and not precision.keeps_master(param.dtype):

@@ -52,7 +52,7 @@ geometry: The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2):
         master_weights: Keep the weights of bfloat16 and float16 parameters in the state, in
             float32 (``"master_weight"``): steps lose nothing, the parameters are their rounded
             copy, and the perturbed evaluation needs no other. What somebody else writes to a
-            parameter is taken over.
+            parameter is taken over; not through ``.data``, which autograd does not notice.
         state_dtype: Of the states of bfloat16 and float16 parameters: ``"float32"`` or
             ``"parameter"``, which is theirs. Wider parameters have states of their own dtype.
         stochastic_rounding: Round what is stored in bfloat16, parameters and states, up or down

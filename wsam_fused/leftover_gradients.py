@@ -8,11 +8,14 @@ micro-batches are accumulated for an optimizer that evaluates once.
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from wsam_fused.callers import stacklevel_of_caller
 
 _LOST = (
     "step(closure) cleared gradients that no step had left in .grad, and the closure would have "
@@ -28,35 +31,37 @@ class _First(NamedTuple):
     param: Tensor
     grad: Tensor
 
-    @property
-    def state(self) -> tuple[int, int]:
-        """Which tensor it is and how often it has been written to."""
-        return id(self.grad), self.grad._version
-
 
 class LeftoverGradients:
     """Knows which gradients the last step left; warns once of others that are lost."""
 
     def __init__(self) -> None:
-        self._left: tuple[int, int] | None = None
+        self._left: weakref.ref[Tensor] | None = None  # what the last step left, whatever is in it
         self._marker: _First | None = None
         self._done = False
 
     def note(self, optimizer: Optimizer) -> None:
         """Remember what is there at the end of a step."""
         first = _first(optimizer)
-        self._left = None if first is None else first.state
+        self._left = None if first is None else weakref.ref(first.grad)
+        self._marker = None
 
     def clear(self, optimizer: Optimizer) -> None:
         """Clear the gradients, but for a zero where a closure that accumulates will add to it."""
-        self._marker = None
         first = _first(optimizer)
-        unknown = first is not None and first.state != self._left and not self._done
+        left = None if self._left is None else self._left()
+        unknown = first is not None and first.grad is not left and not self._done
         optimizer.zero_grad()
         if first is not None and unknown:
             marker = torch.zeros_like(first.grad)
             first.param.grad = marker
             self._marker = _First(first.param, marker)
+
+    def forgive(self) -> None:
+        """Note that the closure clears gradients itself."""
+        marker, self._marker = self._marker, None
+        if marker is not None and marker.param.grad is marker.grad:
+            marker.param.grad = None
 
     def check(self) -> None:
         """Warn if the closure that has been evaluated added to the zero."""
@@ -67,7 +72,7 @@ class LeftoverGradients:
             marker.param.grad = None
             return
         self._done = True
-        warnings.warn(_LOST, UserWarning, stacklevel=4)
+        warnings.warn(_LOST, UserWarning, stacklevel=stacklevel_of_caller())
 
 
 def _first(optimizer: Optimizer) -> _First | None:

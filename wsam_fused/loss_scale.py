@@ -8,12 +8,15 @@ one more read of the last gradients. Nothing waits for the device.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
+from wsam_fused.callers import stacklevel_of_caller
 from wsam_fused.in_backward import refuse_while_active
 
 if TYPE_CHECKING:
@@ -39,6 +42,16 @@ class ScaledSteps:
     # Whether the scaler has called step() with the first gradients, and not with the last.
     _scaler_has_first = False
     _warned_of_float16 = False
+
+    @contextmanager
+    def _called_by_scaler(self) -> Iterator[None]:
+        """Take what a scaler has set; it takes that back itself, but not after an exception."""
+        try:
+            yield
+        except BaseException:
+            vars(self).pop("grad_scale", None)
+            vars(self).pop("found_inf", None)
+            raise
 
     def _found_by_scaler(self) -> Tensor | None:
         return getattr(self, "found_inf", None)
@@ -112,7 +125,7 @@ class ScaledSteps:
                 "gradients are float16, in which small ones vanish, and no GradScaler was given; "
                 "call scaler.scale(loss).backward() and step(closure, scaler=scaler), or use "
                 "bfloat16",
-                stacklevel=5,
+                stacklevel=stacklevel_of_caller(),
             )
 
 

@@ -106,8 +106,12 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
         if not plain:
             self._require_replay(0, "first_step()")
             self._replicas.match_gradients(self)
-        self._take_scaler(scaler)
-        engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
+        try:
+            self._take_scaler(scaler)
+            engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
+        except BaseException:
+            self._replay.forget()
+            raise
         try:
             engine.reduce(0)
             if plain:
@@ -117,6 +121,7 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
             self._replicas.begin(self, engine)
             self._batch_norm.save()
         except BaseException:
+            self._replay.forget()
             engine.abandon()
             raise
 
@@ -183,15 +188,14 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
                 are cleared first. A list of closures is a step over micro-batches (m-SAM), of which
                 each has a perturbation of its own and all have the same weight; for a shorter one,
                 multiply its loss by its size over the mean size. Without a closure, a backward must
-                have followed the last call, or ``second_evaluation`` be set. The closures of a list
+                have followed the last call, or ``second_evaluation`` be set; with learning rates
+                and gradients of 0 and no state yet, the state is created, as
+                ``torch.distributed.checkpoint`` asks for. The closures of a list
                 must not use gradients after ``backward``: those of a perturbed evaluation are added
                 up within it.
             scaler: Scales the loss in the closures, ``scaler.scale(loss).backward()``. Call
                 ``scaler.update()`` afterwards, and not ``scaler.step()``. Without a closure,
                 ``scaler.step(optimizer)`` is what calls this, and it is not given.
-
-                Without one, and with learning rates and gradients of 0, the state is created if
-                there is none, which ``torch.distributed.checkpoint`` asks for.
 
         Returns:
             The closure's loss at the unperturbed weights, for a list their mean; None without.
@@ -205,7 +209,8 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
         If a closure raises, the weights are restored and the state is untouched.
         """
         if closure is None:
-            self._complete_pending()
+            with self._called_by_scaler():
+                self._complete_pending()
             return None
         self._require_calls("step(closure)")
         self._require_idle("step(closure)")
@@ -229,6 +234,7 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
                     break
         except BaseException:
             self.restore()
+            self._leftovers.note(self)
             raise
         self.last.set_losses(losses[0], losses[1] if len(losses) > 1 else None)
         return losses[0]
@@ -319,6 +325,7 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
                 self._note_scaled(engine)
                 self._update(self._method_rows(), required=self.required)
         except BaseException:
+            self._replay.forget()
             engine.abandon()
             raise
         if zero_grad:
@@ -363,6 +370,11 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
                 "second_evaluation. docs/use_with.md says what frameworks need that call step() "
                 "themselves"
             )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; see ``torch.optim.Optimizer.zero_grad``."""
+        self._leftovers.forgive()
+        super().zero_grad(set_to_none)
 
     @cached_property
     def _leftovers(self) -> LeftoverGradients:

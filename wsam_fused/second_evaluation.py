@@ -43,6 +43,9 @@ def step_with_second_evaluation(
 
 
 def _require_gradients(optimizer: SharpnessAwareOptimizer) -> None:
+    engine = optimizer._engine
+    if engine is not None and engine.progress.arrived:
+        return  # and have been used, within the backward
     for group in optimizer.param_groups:
         if any(param.grad is not None for param in group["params"]):
             return

@@ -48,9 +48,9 @@ class SharedScalars:
     def set_loss_scale(self, scale: Tensor | None) -> None:
         """Say what the gradients of a step are multiplied by; None for nothing."""
         inverse = self.scalars[INVERSE_SCALES]
+        self.scalars[Slot.FOUND_INF].zero_()
         if scale is None:
             inverse.fill_(1.0)
-            self.scalars[Slot.FOUND_INF].zero_()
         else:
             inverse.copy_(scale.double().reciprocal(), non_blocking=True)
 

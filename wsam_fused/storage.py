@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from wsam_fused.backups import Backups
 from wsam_fused.gradients import walkable
 from wsam_fused.parameters import is_dense
@@ -34,6 +36,9 @@ def follow_storage(tensors: TensorList, *, same_layout: bool) -> None:
         tensors.grads[0] = [walkable(p, g, tensors.grad_dtype) for p, g in pairs]
         if tensors.backups is not None:
             copies = zip(tensors.params, tensors.backups.tensors(), strict=True)
-            dtype = tensors.key.dtype
-            tensors.backups = Backups.of(laid_out_like(p, copy, dtype) for p, copy in copies)
+            dtype = torch.float32 if tensors.key.has_master else tensors.key.dtype
+            again = [laid_out_like(p, copy, dtype) for p, copy in copies]
+            tensors.backups = Backups.of(again)
+            if tensors.masters is not None:
+                tensors.masters = again
     tensors.reader.refresh()

@@ -96,6 +96,7 @@ class TensorList:
         self.grad_dtype = self.key.dtype
         self.flags = torch.zeros(FLAGS, dtype=torch.float64, device=self.key.device)
         self._versions: list[int] = []  # of the parameters: none is known
+        self._follows = False  # in this step
         if self.masters is not None:
             self.backups = Backups.of(self.masters)
 
@@ -103,6 +104,7 @@ class TensorList:
         """Take over into the float32 weights what others have written to the parameters."""
         if self.masters is None:
             return
+        self._follows = True
         versions = [param._version for param in self.params]
         if versions != self._versions:
             for master, param in zip(self.masters, self.params, strict=True):
@@ -138,8 +140,9 @@ class TensorList:
         self.drop_backups()
         self.awaited = None
         self.updated = False
-        if self.masters is not None:
+        if self._follows:
             self._versions = [param._version for param in self.params]
+            self._follows = False
 
     def drop_backups(self) -> None:
         """Let go of copies of w, which the parameters are at again."""

@@ -13,6 +13,7 @@ from wsam_fused.backends import BACKENDS, Backend, Choice, select
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.buckets import Member, in_buckets
 from wsam_fused.distributed import like, local_of, shard_index, sharding_of
+from wsam_fused.method_keys import STEP
 from wsam_fused.parameters import check_separate, is_dense
 from wsam_fused.plan import Geometry, GroupRow, PointerTable
 from wsam_fused.precision import LOW_PRECISION, MASTER_KEY, Precision
@@ -83,6 +84,7 @@ class TensorLists:
         self._state = state
         self._foreign = foreign
         self._left_out: list[Tensor] = []
+        self._steps_of = [int(group.get(STEP, 0)) for group in param_groups]
         members: dict[ListKey, list[Member]] = defaultdict(list)
         number = 0
         count = sum(len(group["params"]) for group in param_groups)
@@ -138,8 +140,8 @@ class TensorLists:
         rule = key.rule
         entries = [self._state.get(param, {}) for param in params]
         counts = [
-            _updates_so_far(rule, entry, step_counts.get(param))
-            for param, entry in zip(params, entries, strict=True)
+            _updates_so_far(rule, entry, step_counts.get(param), self._steps_of[index])
+            for (param, index, _), entry in zip(members, entries, strict=True)
         ]
         steps = torch.tensor(counts, dtype=torch.float32, device=key.device)
         states = [
@@ -164,6 +166,8 @@ class TensorLists:
                 self._state[param][name] = like(param, tensors[i])
             if masters is not None:
                 self._state[param][MASTER_KEY] = like(param, masters[i])
+            elif MASTER_KEY in entries[i]:
+                del self._state[param][MASTER_KEY]
         # The rule `none` writes to the gradients what the foreign optimizer reads.
         lower = BACKENDS[key.backend].GRADIENT_DTYPES.get(key.dtype, ())
         return TensorList(
@@ -250,10 +254,24 @@ class TensorLists:
             shared.scalars[slots].copy_(total)  # type: ignore[arg-type]
 
 
-def _updates_so_far(rule: BaseRule, entry: Mapping[str, Any], known: float | None) -> float:
-    """How often a parameter has been updated; for momentum it matters only whether at all."""
+def _updates_so_far(
+    rule: BaseRule, entry: Mapping[str, Any], known: float | None, steps: int
+) -> float:
+    """How often a parameter has been updated.
+
+    Where torch keeps no count it decides whether there is momentum, and which chance rounding
+    takes. A checkpoint then knows only the steps of the group; skipped ones count among them.
+
+    Args:
+        rule: The base rule.
+        entry: The state of the parameter.
+        known: The count, if it is known.
+        steps: Of the group.
+    """
     if rule.keeps_step:
         return float(entry.get("step", 0.0))
-    if rule == BaseRule.MOMENTUM and entry.get("momentum_buffer") is not None:
-        return 1.0 if known is None else known
-    return 0.0
+    if rule == BaseRule.MOMENTUM and entry.get("momentum_buffer") is None:
+        return 0.0
+    if known is not None:
+        return known
+    return float(max(steps, 1)) if rule == BaseRule.MOMENTUM else float(steps)

@@ -8,10 +8,11 @@
 #   tests      the whole test suite
 #   sanitize   a small case of each operation, alone and under compute-sanitizer's memcheck and
 #              racecheck
-#   bench      the measurement
+#   bench      the measurement: times, and the peak memory of training steps
 #
 # A stage that fails does not keep the later ones from running; the exit status says whether one
-# did. OUT gets the report, gpu-DEVICE.json and .md, and stages.json and gpu_report.log. A later run
+# did. OUT gets the report, gpu-DEVICE.json and .md, cuda-training-memory.csv and .md, and
+# stages.json and gpu_report.log. A later run
 # with the same OUT, sources and device adds to them. Needs no network, but setuptools 77 or newer.
 # Environment:
 #   PYTHON      the python that has torch (python3)
@@ -125,8 +126,11 @@ stage_sanitize() {
 }
 
 stage_bench() {
+  local failed=0
   limited "$BENCH_LIMIT" "$PYTHON" -m benchmarks.bench_gpu --out "$OUT" --budget "$BUDGET" \
-    ${bench_arguments[@]+"${bench_arguments[@]}"}
+    ${bench_arguments[@]+"${bench_arguments[@]}"} || failed=1
+  limited 60 "$PYTHON" -m benchmarks.bench_training_memory --device cuda --out "$OUT" || failed=1
+  return "$failed"
 }
 
 failed=()

@@ -215,3 +215,59 @@ def test_a_parameter_that_the_closure_does_not_use_keeps_none() -> None:
     run.optimizer.step(run.evaluate)
     assert unused.grad is None
     assert torch.equal(unused, torch.ones(3))
+
+
+# ---- no false alarms -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("habit", ["in-place", "clip", "after a failure", "closure in place"])
+def test_usual_loops_do_not_warn(habit: str) -> None:
+    """A warning would be an error: closures that do not clear, and changes of what they left."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    fails = False
+
+    def closure() -> torch.Tensor:
+        if habit == "closure in place":
+            optimizer.zero_grad(set_to_none=False)
+        loss = model(torch.ones(4, 3)).square().mean()
+        loss.backward()
+        if fails:
+            raise RuntimeError("out of memory")
+        return loss
+
+    if habit == "closure in place":
+        closure()
+    for number in range(3):
+        fails = habit == "after a failure" and number == 1
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step(closure)
+        else:
+            optimizer.step(closure)
+        if habit == "in-place":
+            optimizer.zero_grad(set_to_none=False)
+        elif habit == "clip":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def test_updates_within_the_backward_go_with_it() -> None:
+    results = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1).double()
+        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        if in_backward:
+            optimizer.update_in_backward()
+
+        def evaluate(model: torch.nn.Module = model) -> None:
+            model(torch.ones(4, 3, dtype=torch.float64)).square().mean().backward()
+
+        optimizer.second_evaluation = evaluate
+        for _ in range(3):
+            optimizer.zero_grad()
+            evaluate()
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)

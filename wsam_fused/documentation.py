@@ -42,7 +42,9 @@ geometry: The metric M of the perturbation e = rho M g1 / sqrt(sum of M g1^2):
             optimizer) when it enters the update; the perturbation uses the unclipped one.
             None does not clip.
         check_finite: Read the later gradients once more to skip a step in which one is not finite.
-            Always on with ``max_grad_norm`` and where the method needs their norms anyway. Without
+            Always on with ``max_grad_norm``, with a GradScaler and where the method needs their
+            norms anyway. A step that is skipped leaves states as they were, bit for bit, and so w
+            after a non-finite first gradient or where ``restore`` keeps a copy. Without
             it a non-finite later gradient enters the update as in ``torch.optim``; a non-finite
             first one always skips the step.
         restore: ``"recompute"`` gets w back from p and g1 by one multiply-add, which costs no

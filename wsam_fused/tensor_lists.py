@@ -138,7 +138,7 @@ class TensorLists:
     ) -> TensorList:
         params = [param for param, _, _ in members]
         rule = key.rule
-        entries = [self._state.get(param, {}) for param in params]
+        entries = [self._state.get(param) or {} for param in params]
         counts = [
             _updates_so_far(rule, entry, step_counts.get(param), self._steps_of[index])
             for (param, index, _), entry in zip(members, entries, strict=True)

@@ -12,7 +12,6 @@ Writes ``benchmarks/results/cpu-precision.csv`` and ``.md``.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from benchmarks.common import RESULTS, environment
+from benchmarks.common import PROVENANCE, RESULTS, environment, write_table
 from benchmarks.recorded_memory import peak_of
 from wsam_fused import WSAM
 
@@ -55,12 +54,7 @@ FIELDS = (
     "loss",
     "steps",
     "seeds",
-    "device",
-    "torch",
-    "git",
-    "source",
-    "date",
-    "command",
+    *PROVENANCE,
 )
 SHAPES = ((512, 512),) * 4
 LEARNING_RATE = 2e-4
@@ -182,13 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = environment("make bench")
     rows = [{**row, **where} for row in measure(options.steps, options.seeds)]
     path = RESULTS / "cpu-precision.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    text = table(rows)
-    path.with_suffix(".md").write_text(f"# 16-bit parameters\n\n{text}\n")
-    print(text)
+    found = table(write_table(path, FIELDS, rows))
+    path.with_suffix(".md").write_text(f"# 16-bit parameters\n\n{found}\n")
+    print(found)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ QUIET_SHARE = 0.05
 Shape = tuple[int, ...]
 Row = dict[str, str]
 
+# Where a row comes from: the last columns of every result file.
+PROVENANCE = ("device", "torch", "git", "source", "date", "command")
 FIELDS = (
     "operation",
     "method",
@@ -50,12 +52,7 @@ FIELDS = (
     "rounds",
     "others_cpu",
     "note",
-    "device",
-    "torch",
-    "git",
-    "source",
-    "date",
-    "command",
+    *PROVENANCE,
 )
 # Two rows with equal values here are two measurements of one thing.
 KEY = ("operation", "base", "contender", "dtype", "shapes")
@@ -230,6 +227,19 @@ def paired(numerators: Sequence[float], denominators: Sequence[float]) -> float:
 def text(value: object) -> str:
     """Format a cell; floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_table(
+    path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, object]]
+) -> list[Row]:
+    """Write a result file, and return its rows as text."""
+    cells = [{field: text(row.get(field, "")) for field in fields} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(cells)
+    return cells
 
 
 def read_rows(path: Path) -> list[Row]:

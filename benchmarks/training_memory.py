@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.common import text
+from benchmarks.common import PROVENANCE, write_table
 from benchmarks.contenders.libraries import OursInBackward
 from benchmarks.report import table
 
@@ -22,12 +21,7 @@ FIELDS = (
     "largest_bytes",
     "peak_bytes",
     "plain_bytes",
-    "device",
-    "torch",
-    "git",
-    "source",
-    "date",
-    "command",
+    *PROVENANCE,
 )
 _EXPLANATION = """\
 The worst moment of two training steps: parameters, states, gradients, activations. `peak`: in lists
@@ -84,12 +78,7 @@ def _line(row: Mapping[str, str]) -> tuple[str, ...]:
 
 def write(path: Path, rows: Sequence[Mapping[str, object]]) -> str:
     """Write the result file and the Markdown beside it, and return the latter."""
-    cells = [{field: text(row[field]) for field in FIELDS} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(cells)
+    cells = write_table(path, FIELDS, rows)
     markdown = render(cells)
     path.with_suffix(".md").write_text(markdown)
     return markdown

@@ -98,7 +98,7 @@ def overflow(way: str, evaluation: int) -> tuple[bool, float, bool]:
     run.poisoned = evaluation
     run.step(way)
     after = summary(model, run.optimizer)
-    names = [name for name in before if "norm" not in name]
+    names = [name for name in before if "grad_norm" not in name]
     same = all(torch.equal(after[name], before[name]) for name in names)
     assert run.scaler is not None
     scale = run.scaler.get_scale()
@@ -175,9 +175,10 @@ def test_float32_weights_are_sharded_saved_and_loaded(keeping: str, runs: list[A
             assert values.keys() == wanted.keys()
             for name, value in values.items():
                 assert value.dtype == wanted[name].dtype, name
-                # A norm is the sum of the ranks' sums.
-                close(value, wanted[name], TRAJECTORY, name) if "norm" in name else None
-                assert "norm" in name or torch.equal(value, wanted[name]), name
+                if "grad_norm" in name:  # the sum of the ranks' sums
+                    close(value, wanted[name], TRAJECTORY, name)
+                else:
+                    assert torch.equal(value, wanted[name]), name
     assert any("master_weight" in name for name in expected[0])
 
 

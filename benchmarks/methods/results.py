@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.common import QUIET_SHARE, text
+from benchmarks.common import PROVENANCE, QUIET_SHARE, write_table
 from benchmarks.report import table
 
 Row = Mapping[str, object]
@@ -27,12 +26,7 @@ FIELDS = (
     "allowed",
     "rounds",
     "others_cpu",
-    "device",
-    "torch",
-    "git",
-    "source",
-    "date",
-    "command",
+    *PROVENANCE,
 )
 
 _OPTIMIZER = """\
@@ -55,12 +49,7 @@ def write(path: Path, rows: Sequence[Row]) -> str:
     Returns:
         The Markdown.
     """
-    cells = [{field: text(row.get(field, "")) for field in FIELDS} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(cells)
+    cells = write_table(path, FIELDS, rows)
     markdown = render(cells)
     path.with_suffix(".md").write_text(markdown)
     return markdown

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from wsam_fused.coefficients import clip_factor
 from wsam_fused.methods import METHODS
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 
@@ -46,6 +47,4 @@ def clip_scaled(optimizer: SharpnessAwareOptimizer, limit: float, scaler: GradSc
     params = [param for group in optimizer.param_groups for param in group["params"]]
     grads = [param.grad for param in params if param.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
-    one = scaler.scale(torch.ones_like(norm))
-    factor = (limit * one / (norm + 1e-6 * one)).clamp(max=1.0)
-    torch._foreach_mul_(grads, factor)
+    torch._foreach_mul_(grads, clip_factor(limit, norm / scaler.scale(torch.ones_like(norm))))

@@ -265,9 +265,4 @@ def write_rows(path: Path, new: Sequence[Mapping[str, object]]) -> list[Row]:
         if tuple(row.get(field) for field in ENVIRONMENT) in here
         and tuple(row.get(field) for field in KEY) not in replaced
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
-    return [*kept, *rows]
+    return write_table(path, FIELDS, [*kept, *rows])

@@ -7,114 +7,19 @@ scaler has to know of it.
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import BASES, FOREIGN_BASES, METHODS, OPTIONS
+from scaled_run import SCALE, WAY, WAYS, Run, compare, equal, scaler_of, weights
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wsam_fused import ESAM, RWSAM, SAM, WSAM
 from wsam_fused.backends import BACKENDS
-
-SCALE = 2.0**10
-
-
-def scaler_of(scale: float = SCALE) -> GradScaler:
-    return GradScaler("cpu", init_scale=scale, growth_interval=1000)
-
-
-class Run:
-    """A small model that is trained in float64, with a scaler or without."""
-
-    def __init__(self, method: Any, base: Any, scaler: GradScaler | None, **options: Any) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-        self.data = torch.randn(12, 5, dtype=torch.float64)
-        self.optimizer = method(self.model.parameters(), base, **options)
-        self.scaler = scaler
-        self.poison: int | None = None  # the evaluation whose loss overflows
-        self.evaluations = 0
-
-    def losses_of(self, index: Tensor | None = None) -> Tensor:
-        x = self.data if index is None else self.data[index]
-        losses = (self.model(x).squeeze(1) - x.sum(1)).square()
-        if self.evaluations == self.poison:
-            losses = losses * float("inf")
-        self.evaluations += 1
-        return losses
-
-    def backward(self, rows: slice = slice(None)) -> Tensor:
-        loss = self.losses_of(torch.arange(12)[rows]).mean()
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        return loss
-
-    def by_closure(self) -> None:
-        self.optimizer.step(self.backward, scaler=self.scaler)
-        self.update()
-
-    def by_calls(self) -> None:
-        optimizer, scaler = self.optimizer, self.scaler
-        optimizer.zero_grad()
-        self.backward()
-        optimizer.first_step(zero_grad=True, scaler=scaler)
-        if optimizer.is_perturbed:
-            self.backward()
-            if optimizer.evaluations == 3:
-                optimizer.second_step(zero_grad=True)
-                self.backward()
-            optimizer.step() if scaler is None else scaler.step(optimizer)
-        self.update()
-
-    def by_parts(self) -> None:
-        parts = [lambda: self.backward(slice(0, 6)), lambda: self.backward(slice(6, 12))]
-        self.optimizer.step(parts, scaler=self.scaler)
-        self.update()
-
-    def by_sample(self) -> None:
-        self.optimizer.step(self.losses_of, scaler=self.scaler)
-        self.update()
-
-    def update(self) -> None:
-        self.evaluations = 0
-        if self.scaler is not None:
-            self.scaler.update()
-
-    def tensors(self) -> list[Tensor]:
-        params = list(self.model.parameters())
-        states = [v for p in params for v in self.optimizer.state[p].values()]
-        return [t.detach().clone() for t in [*params, *states] if isinstance(t, Tensor)]
-
-
-WAYS: dict[str, Callable[[Run], None]] = {"closure": Run.by_closure, "calls": Run.by_calls}
-WAY = pytest.mark.parametrize("way", WAYS)
-
-
-def equal(one: Run, other: Run) -> None:
-    for a, b in zip(one.tensors(), other.tensors(), strict=True):
-        assert torch.equal(a, b)
-
-
-def compare(way: Callable[[Run], None], method: Any, base: Any, **options: Any) -> None:
-    plain = Run(method, base, None, **options)
-    scaled = Run(method, base, scaler_of(), **options)
-    start = plain.tensors()
-    for _ in range(3):
-        way(plain)
-        way(scaled)
-        assert scaled.scaler is not None
-        assert scaled.scaler.get_scale() == SCALE
-        equal(plain, scaled)
-    assert not torch.equal(start[0], plain.tensors()[0])
-    for name in ("grad_norm", "second_grad_norm", "cosine"):
-        norm, expected = getattr(scaled.optimizer.last, name), getattr(plain.optimizer.last, name)
-        if expected is not None:
-            assert torch.equal(norm, expected), name
 
 
 @WAY
@@ -254,80 +159,6 @@ def test_one_more_read_of_the_last_gradients(
     assert len(reads) == wanted
 
 
-# ---- mistakes ------------------------------------------------------------------------------------
-
-
-def weights(run: Run) -> list[Tensor]:
-    return [param.detach().clone() for param in run.model.parameters()]
-
-
-def test_a_closure_is_not_given_to_the_scaler() -> None:
-    run = Run(WSAM, BASES["sgd"], scaler_of())
-    assert run.scaler is not None
-    run.backward()
-    before = weights(run)
-    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
-        run.scaler.step(run.optimizer, closure=run.backward)
-    with pytest.raises(RuntimeError, match=r"call optimizer.step\(closure, scaler=scaler\)"):
-        run.scaler.step(run.optimizer, run.backward)
-    assert all(map(torch.equal, weights(run), before))
-
-
-def test_first_step_has_to_know_the_scaler() -> None:
-    run = Run(WSAM, BASES["sgd"], scaler_of(), restore="backup")
-    assert run.scaler is not None
-    before = weights(run)
-    run.backward()
-    run.optimizer.first_step(zero_grad=True)
-    run.backward()
-    with pytest.raises(RuntimeError, match=r"call first_step\(zero_grad=True, scaler=scaler\)"):
-        run.scaler.step(run.optimizer)
-    assert all(map(torch.equal, weights(run), before))
-
-
-def test_unscaled_too_early_or_stepped_twice() -> None:
-    run = Run(WSAM, BASES["sgd"], scaler_of())
-    scaler = run.scaler
-    assert scaler is not None
-    run.backward()
-    scaler.unscale_(run.optimizer)
-    with pytest.raises(RuntimeError, match=r"scaler.unscale_\(\) was called before"):
-        run.optimizer.first_step(zero_grad=True, scaler=scaler)
-    assert not run.optimizer.is_perturbed
-    scaler.update()
-    run.optimizer.zero_grad()
-    run.optimizer.step(run.backward, scaler=scaler)
-    with pytest.raises(RuntimeError, match=r"since scaler.update\(\) was called last"):
-        run.optimizer.step(run.backward, scaler=scaler)
-    assert not run.optimizer.is_perturbed
-
-
-def test_no_scaler_at_all() -> None:
-    run = Run(WSAM, BASES["sgd"], None)
-    run.backward()
-    with pytest.raises(TypeError, match=r"scaler is float, expected a torch\.amp"):
-        run.optimizer.first_step(zero_grad=True, scaler=2.0)
-    assert not run.optimizer.is_perturbed
-
-
-def test_float16_without_a_scaler_warns_once() -> None:
-    param = nn.Parameter(torch.randn(4, dtype=torch.float16))
-    optimizer = SAM([param], BASES["sgd"])
-
-    def closure() -> Tensor:
-        loss = param.square().sum()
-        loss.backward()
-        return loss
-
-    with pytest.warns(UserWarning, match="no GradScaler was given; call scaler.scale"):
-        optimizer.step(closure)
-    optimizer.step(closure)  # a second warning would be an error
-    other = copy.deepcopy(param).detach().bfloat16().requires_grad_()
-    quiet = SAM([other], BASES["sgd"])
-    other.grad = torch.ones_like(other)
-    quiet.first_step(zero_grad=True)
-
-
 def test_float16_autocast_learns() -> None:
     """Float32 parameters, a forward in float16, scaled losses: what most people mean by AMP."""
     torch.manual_seed(0)
@@ -350,108 +181,6 @@ def test_float16_autocast_learns() -> None:
         scaler.update()
     assert losses[-1] < 0.3 * losses[0]
     assert optimizer.skipped_steps > 0, "the scale began too high, and was to come down"
-
-
-# ---- steps that the scaler begins: second_evaluation ---------------------------------------------
-
-
-def with_second_evaluation(run: Run, *, unscales: bool = False) -> None:
-    """As a framework does: backward, scaler.step(optimizer), scaler.update()."""
-    optimizer, scaler = run.optimizer, run.scaler
-    optimizer.zero_grad()
-    run.backward()
-    optimizer.second_evaluation = run.backward
-    if scaler is None:
-        optimizer.step()
-    else:
-        optimizer.second_evaluation_scaler = scaler
-        if unscales:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-    run.update()
-
-
-@pytest.mark.parametrize("unscales", [False, True])
-@pytest.mark.parametrize("base", ["adamw", "rmsprop"])
-@pytest.mark.parametrize("method", ["sam", "wsam", "gsam", "bsam"])
-def test_a_scaler_makes_whole_steps(method: str, base: str, unscales: bool) -> None:
-    way = functools.partial(with_second_evaluation, unscales=unscales)
-    compare(way, METHODS[method], {**BASES, **FOREIGN_BASES}[base], rho=0.1)
-
-
-@pytest.mark.parametrize("unscales", [False, True])
-@pytest.mark.parametrize("evaluation", [0, 1])
-def test_a_scaler_that_makes_whole_steps_backs_off(evaluation: int, unscales: bool) -> None:
-    run = Run(WSAM, BASES["adamw"], scaler_of(), rho=0.1, restore="backup")
-    with_second_evaluation(run, unscales=unscales)
-    before = run.tensors()
-    run.poison = evaluation
-    with_second_evaluation(run, unscales=unscales)
-    assert all(map(torch.equal, run.tensors(), before))
-    assert run.scaler is not None
-    assert run.scaler.get_scale() == SCALE / 2
-
-
-def test_a_scaler_that_makes_whole_steps_has_to_be_known() -> None:
-    run = Run(WSAM, BASES["sgd"], scaler_of())
-    assert run.scaler is not None
-    before = weights(run)
-    run.backward()
-    run.optimizer.second_evaluation = run.backward
-    with pytest.raises(RuntimeError, match="set second_evaluation_scaler to the scaler"):
-        run.scaler.step(run.optimizer)
-    assert all(map(torch.equal, weights(run), before))
-
-
-def test_not_with_updates_in_the_backward() -> None:
-    run = Run(WSAM, BASES["sgd"], scaler_of())
-    run.optimizer.update_in_backward()
-    run.backward()
-    with pytest.raises(RuntimeError, match=r"given a scaler while update_in_backward\(\) is"):
-        run.optimizer.first_step(zero_grad=True, scaler=run.scaler)
-    assert not run.optimizer.is_perturbed
-
-
-@pytest.mark.parametrize("way", ["calls", "second_evaluation"])
-def test_an_overflow_does_not_skip_later_steps(way: str) -> None:
-    """With ``every``, the steps after it are plain ones, of which the scaler says nothing."""
-    run = Run(SAM, BASES["sgd"], scaler_of(), rho=0.1, every=3)
-    make = Run.by_calls if way == "calls" else with_second_evaluation
-    assert run.scaler is not None
-    moved = []
-    for number in range(1, 8):
-        before = weights(run)
-        run.poison = 1 if number == 3 else None
-        make(run)
-        moved.append(not all(map(torch.equal, weights(run), before)))
-    assert run.scaler.get_scale() == SCALE / 2
-    assert moved[3:] == [True] * 4
-
-
-def test_ways_of_scaling_may_change_after_an_overflow() -> None:
-    run = Run(SAM, BASES["sgd"], scaler_of(), rho=0.1)
-    assert run.scaler is not None
-    run.poison = 1
-    run.by_calls()
-    run.poison = None
-    before = weights(run)
-    run.by_closure()
-    assert run.scaler.get_scale() == SCALE / 2
-    assert not all(map(torch.equal, weights(run), before))
-
-
-def test_a_step_of_the_scaler_that_fails_leaves_nothing_behind() -> None:
-    run = Run(WSAM, BASES["sgd"], scaler_of(), restore="backup")
-    scaler = run.scaler
-    assert scaler is not None
-    run.backward()
-    with pytest.raises(RuntimeError, match="nothing is pending"):
-        scaler.step(run.optimizer)
-    scaler.update()
-    run.optimizer.zero_grad()
-    run.by_closure()
-    run.by_calls()
-    assert not run.optimizer.is_perturbed
 
 
 @pytest.mark.parametrize("way", WAYS)

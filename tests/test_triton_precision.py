@@ -9,6 +9,7 @@ from typing import Any
 
 import interpreted
 import pytest
+import test_kept_precision
 import test_precision as precision
 import torch
 from cases import BASES, KEEPING, OPTIONS
@@ -73,4 +74,4 @@ def test_noise_goes_from_the_float32_weights() -> None:
 
 
 def test_what_others_write_to_a_parameter_is_followed() -> None:
-    precision.test_what_others_write_to_a_parameter_is_followed(BF16, NAME)
+    test_kept_precision.test_what_others_write_to_a_parameter_is_followed(BF16, NAME)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import demo_model as model
+from benchmarks.arguments import whole_number
 from benchmarks.demo_check import CHECKED, check
 from benchmarks.demo_methods import METHODS, described
 from benchmarks.demo_report import results_table, save_curves
@@ -53,20 +54,6 @@ def train_all(
     return histories
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        expected = f"expected a whole number in [{low}, {high}]"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number, {expected}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is out of range, {expected}")
-        return value
-
-    return parse
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo",
@@ -83,12 +70,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--epochs",
-        type=_whole(1, 1000),
+        type=whole_number(1, 1000),
         help=f"epochs of each method, 1 to 1000 (default {_EPOCHS}, with --quick {_QUICK_EPOCHS})",
     )
     parser.add_argument(
         "--seed",
-        type=_whole(0, 2**32 - 1),
+        type=whole_number(0, 2**32 - 1),
         default=0,
         help="decides the starting weights and the order of the images, 0 to 2**32 - 1 (default 0)",
     )

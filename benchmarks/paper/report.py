@@ -1,0 +1,144 @@
+"""Files of an experiment, and the overview of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import Row, environment, read_rows, write_table
+from benchmarks.demo_report import table
+from benchmarks.paper.experiment import OUT, Experiment, Options, Report
+
+_FINDINGS = "findings.csv"
+_FIELDS = (
+    "experiment",
+    "source",
+    "claim",
+    "found",
+    "verdict",
+    "size",
+    "seconds",
+    "device",
+    "torch",
+    "git",
+    "source_hash",
+    "date",
+    "command",
+)
+
+
+def write(
+    experiment: Experiment,
+    report: Report,
+    options: Options,
+    seconds: float,
+    command: str,
+    order: Sequence[str],
+) -> Path:
+    """Write ``NAME.csv``, ``NAME.png`` and ``NAME.md``, and bring the overview up to date.
+
+    Args:
+        experiment: The experiment.
+        report: What it found.
+        options: How it was made.
+        seconds: That it took, with what earlier calls had computed.
+        command: That made it.
+        order: Of the experiments in the overview.
+
+    Returns:
+        The Markdown file.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    base = options.out / experiment.name
+    write_table(base.with_suffix(".csv"), list(report.rows[0]), report.rows)
+    report.figure.savefig(base.with_suffix(".png"), format="png", dpi=130)
+    found = table(
+        ("source", "the paper", "here", "verdict"),
+        [(f.source, f.claim, f.found, f.verdict) for f in report.findings],
+    )
+    where = environment(command)
+    provenance = (
+        f"`{command}`, {_duration(seconds)} ({options.size} size); {where['device']}, torch "
+        f"{where['torch']}, sources {where['source']}, {where['date']}."
+    )
+    parts = [
+        f"# {experiment.title}",
+        experiment.source,
+        report.text.strip(),
+        f"![{report.caption}]({experiment.name}.png)",
+        "## Findings",
+        found,
+        report.notes.strip(),
+        provenance,
+    ]
+    path = base.with_suffix(".md")
+    path.write_text("\n\n".join(part for part in parts if part) + "\n")
+    rows = [
+        {
+            "experiment": experiment.name,
+            "source": finding.source,
+            "claim": finding.claim,
+            "found": finding.found,
+            "verdict": finding.verdict,
+            "size": options.size,
+            "seconds": f"{seconds:.0f}",
+            "device": where["device"],
+            "torch": where["torch"],
+            "git": where["git"],
+            "source_hash": where["source"],
+            "date": where["date"],
+            "command": command,
+        }
+        for finding in report.findings
+    ]
+    _note(options.out / _FINDINGS, experiment.name, rows, order)
+    (options.out / "README.md").write_text(overview(options.out))
+    return path
+
+
+def _note(path: Path, name: str, new: Sequence[Row], order: Sequence[str]) -> None:
+    """Replace the findings of an experiment."""
+    rows = [row for row in read_rows(path) if row["experiment"] != name] + list(new)
+    rows.sort(key=lambda row: order.index(row["experiment"]))
+    write_table(path, _FIELDS, rows)
+
+
+def overview(folder: Path = OUT) -> str:
+    """Return the text of the overview: a row for every finding, and the pictures.
+
+    Args:
+        folder: With the results of experiments.
+    """
+    rows = read_rows(folder / _FINDINGS)
+    names = list(dict.fromkeys(row["experiment"] for row in rows))
+    cells = [
+        (
+            f"[{row['experiment']}]({row['experiment']}.md)",
+            row["source"],
+            row["claim"],
+            row["found"],
+            f"**{row['verdict']}**",
+            f"`{row['command']}`",
+            _duration(float(row["seconds"])),
+        )
+        for row in rows
+    ]
+    headers = ("experiment", "source", "the paper", "here", "verdict", "command", "time")
+    pictures = [f"![{name}]({name}.png)" for name in names if (folder / f"{name}.png").exists()]
+    return "\n\n".join([_INTRODUCTION.strip(), table(headers, cells), *pictures]) + "\n"
+
+
+_INTRODUCTION = """
+# The papers' experiments
+
+Made by `python -m benchmarks.paper NAME` (without a name: the list); `--full` makes them as large as in the papers, and needs the
+CIFAR files and a GPU. What stands here is what small data and a small machine allow: a claim about CIFAR that is not
+seen on 400 handwritten digits is not refuted by that, and one that is seen is not confirmed. A difference counts if its 95 %
+confidence interval (Welch, over seeds) leaves out zero; else the verdict is *cannot tell at this size*. Results that disagree
+are kept. Times are those of the whole command with two worker processes, without what an earlier experiment had computed.
+Written by the commands in the table, which also name the machine in each experiment's page; do not edit.
+"""
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

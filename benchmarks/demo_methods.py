@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.variable import Variable
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+from benchmarks import training_step
+from benchmarks.training_step import Takes
 from wsam_fused import BSAM, ESAM, GNP, GSAM, RWSAM, SAM, WSAM
 
 RHO = 0.05
@@ -39,10 +37,10 @@ class Method:
 
     make: Callable[..., Any]
     own: str
-    takes: str = "closure"
+    takes: Takes = "closure"
 
 
-def _method(make: Callable[..., Any], takes: str = "closure", **own: Any) -> Method:
+def _method(make: Callable[..., Any], takes: Takes = "closure", **own: Any) -> Method:
     own = {"rho": RHO, **own}
     words = ", ".join(f"{key} {value}" for key, value in own.items())
     return Method(functools.partial(make, **own), words, takes)
@@ -95,85 +93,10 @@ def build_optimizer(method: str, base: str, net: nn.Module, backend: str) -> Opt
 def train_step(
     method: str, net: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor
 ) -> tuple[float, float]:
-    """Make one step.
+    """Make one step with a method.
 
     Returns:
         Seconds of all of it, and of the part inside the optimizer.
     """
-    clock = _ModelClock()
     takes = METHODS[method].takes if method in METHODS else "closure"
-
-    def closure(x: Tensor, y: Tensor) -> Tensor:
-        with clock.running():
-            if takes == "closure":
-                optimizer.zero_grad()
-            loss = cross_entropy(net(x), y)
-            loss.backward()
-            return loss.detach()
-
-    def losses_fn(index: Tensor | None = None) -> Tensor:
-        with clock.running():
-            chosen = (x, y) if index is None else (x[index], y[index])
-            losses = cross_entropy(net(chosen[0]), chosen[1], reduction="none")
-            return clock.with_backward(losses)
-
-    what: Any = functools.partial(closure, x, y)
-    if takes == "closures":
-        parts = zip(x.chunk(_MICROBATCHES), y.chunk(_MICROBATCHES), strict=True)
-        what = [functools.partial(closure, *part) for part in parts]
-    elif takes == "losses":
-        what = losses_fn
-    begin = time.perf_counter()
-    optimizer.step(what)
-    whole = time.perf_counter() - begin
-    optimizer.zero_grad()
-    return whole, whole - clock.spent
-
-
-class _ModelClock:
-    """Seconds spent in the model, forward and backward.
-
-    Attributes:
-        spent: So far.
-    """
-
-    def __init__(self) -> None:
-        self.spent = 0.0
-        self._begin = 0.0
-
-    def start(self) -> None:
-        """Start."""
-        self._begin = time.perf_counter()
-
-    def stop(self) -> None:
-        """Stop."""
-        self.spent += time.perf_counter() - self._begin
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Run meanwhile."""
-        self.start()
-        yield
-        self.stop()
-
-    def with_backward(self, losses: Tensor) -> Tensor:
-        """Return the losses, in whose backward pass the clock runs."""
-        if not losses.requires_grad:
-            return losses
-        timed: Tensor = _Timed.apply(losses, self)
-        return timed
-
-
-class _Timed(torch.autograd.Function):
-    """The identity, the first thing that a backward pass meets."""
-
-    @staticmethod
-    def forward(ctx: Any, losses: Tensor, clock: _ModelClock) -> Tensor:
-        ctx.clock = clock
-        return losses.view_as(losses)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        ctx.clock.start()
-        Variable._execution_engine.queue_callback(ctx.clock.stop)  # at the end of this backward
-        return grad, None
+    return training_step.train_step(takes, net, optimizer, x, y, parts=_MICROBATCHES)

@@ -25,7 +25,6 @@ class Method:
         make: Its class; None is momentum SGD itself.
         takes: What its ``step`` is given.
         fixed: Arguments that are the method.
-        vanilla: It evaluates the gradient once a step, and is trained for twice the epochs.
     """
 
     make: type[SharpnessAwareOptimizer] | None
@@ -66,6 +65,6 @@ def build_optimizer(spec: Spec, net: nn.Module) -> Optimizer:
     own.pop("m", None)
     if "rho_min" in own:
         own["rho_min"] = ProportionalToLR(own["rho_min"], 0.0, lr_high=spec.lr)
-    if spec.method == "ESAM" or spec.method == "RW-SAM":
+    if method.takes == "losses":
         own["seed"] = spec.seed
     return method.make(net.parameters(), SGD, backend=spec.backend, model=net, **base, **own)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from benchmarks.paper.experiment import Experiment
+from benchmarks.paper import accuracy
 
-EXPERIMENTS: dict[str, Experiment] = {}
+EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in (accuracy,)}

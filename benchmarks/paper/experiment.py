@@ -90,6 +90,8 @@ class Report:
         caption: Its alternative text.
         findings: At least one.
         notes: Markdown after the findings: what disagrees and why, what was not reached.
+        training: Seconds of training of all runs added up, None where nothing was trained.
+        sources: Hashes of our sources that the runs were made with, if not those of now.
     """
 
     text: str
@@ -98,6 +100,8 @@ class Report:
     caption: str
     findings: Sequence[Finding]
     notes: str = ""
+    training: float | None = None
+    sources: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def _wide_count(classes: int) -> int:
 
 
 def _small_count(classes: int) -> int:
-    blocks = _basic_block(16, 16, False) + _basic_block(16, 32, True) + _basic_block(32, 64, True)
-    return 9 * 1 * 16 + 2 * 16 + blocks + (64 + 1) * classes
+    blocks = _basic_block(8, 8, False) + _basic_block(8, 16, True) + _basic_block(16, 32, True)
+    return 9 * 1 * 8 + 2 * 8 + blocks + (32 + 1) * classes
 
 
 def _tabular_count(classes: int) -> int:

@@ -11,7 +11,7 @@ from torch.nn.functional import relu
 NETWORKS = {
     "resnet18": "ResNet-18 for 32x32 images: 3x3 stem, no pooling before the blocks",
     "wrn28-10": "WideResNet-28-10, pre-activation, no dropout",
-    "resnet-small": "ResNet of 3 blocks, 16 to 64 channels, for images of 8x8 pixels",
+    "resnet-small": "ResNet of 3 blocks, 8 to 32 channels, for images of 8x8 pixels",
     "resnet-tabular": "residual multi-layer perceptron of 2 blocks, 64 wide, for rows of features",
 }
 
@@ -176,7 +176,7 @@ def _resnet18(channels: int, classes: int) -> nn.Module:
 
 
 def _resnet_small(channels: int, classes: int) -> nn.Module:
-    return _resnet(channels, classes, [(16, 1), (32, 2), (64, 2)], each=1)
+    return _resnet(channels, classes, [(8, 1), (16, 2), (32, 2)], each=1)
 
 
 def _wide_resnet(channels: int, classes: int) -> nn.Module:

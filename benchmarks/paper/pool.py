@@ -10,6 +10,7 @@ import csv
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields
@@ -92,8 +93,13 @@ class Runs:
         """Yield the runs as they finish."""
         options = self._options
         if options.workers == 1 or len(specs) == 1:
-            for spec in specs:
-                yield spec, run(spec, options.data, options.device)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(self._threads())
+            try:
+                for spec in specs:
+                    yield spec, run(spec, options.data, options.device)
+            finally:
+                torch.set_num_threads(threads)
             return
         tasks = {
             self._workers().submit(run, spec, options.data, options.device): spec for spec in specs
@@ -109,15 +115,29 @@ class Runs:
         """Return the processes, which live as long as this object."""
         if self._pool is None:
             workers = self._options.workers
-            threads = max(1, (os.cpu_count() or 1) // workers)
             # A forked process would share the threads of torch that the parent has started.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(workers, context, _begin_worker, (threads,))
+            self._pool = ProcessPoolExecutor(workers, context, _begin_worker, (self._threads(),))
         return self._pool
+
+    def _threads(self) -> int:
+        """Return the threads of a process; small networks only wait for a second one."""
+        if self._options.size != "full":
+            return 1
+        return max(1, (os.cpu_count() or 1) // self._options.workers)
 
 
 def _begin_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed: nobody waits for its runs any more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _append(path: Path, spec: Spec, outcome: Outcome, provenance: dict[str, str]) -> None:

@@ -84,7 +84,7 @@ class Task:
 
 
 _TASKS = {
-    "digits": Task("digits", "resnet-small", 40, 50),
+    "digits": Task("digits", "resnet-small", 30, 50),
     "breast-cancer": Task("breast-cancer", "resnet-tabular", 40, 20),
     "cifar10": Task("cifar10", "resnet18", 200, 128),
     "cifar100": Task("cifar100", "resnet18", 200, 128),

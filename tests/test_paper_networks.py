@@ -86,6 +86,17 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert {key: norm for key, norm in norms.items() if not norm > 1e-5} == {}
 
 
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 4), ("wrn28-10", 8), ("resnet-small", 2)])
+def test_images_shrink_to_their_size_before_pooling(name: str, size: int) -> None:
+    network = build(name, _SHAPES[name], 10, seed=0).eval()
+    pooling = next(part for part in network if isinstance(part, nn.AdaptiveAvgPool2d))
+    seen = []
+    pooling.register_forward_hook(lambda _, given, __: seen.append(tuple(given[0].shape[2:])))
+    with torch.no_grad():
+        network(torch.randn(1, *_SHAPES[name]))
+    assert seen == [(size, size)]
+
+
 def test_wide_network_has_28_convolutions_and_gives_logits() -> None:
     network = build("wrn28-10", _SHAPES["wrn28-10"], 100, seed=0).eval()
     assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == 28

@@ -77,7 +77,8 @@ class PreActivationBlock(nn.Module):
         active = relu(self.norm1(x))
         kept = x if self.shortcut is None else self.shortcut(active)
         inner = relu(self.norm2(self.convolution1(active)))
-        return kept + self.convolution2(inner)
+        added: Tensor = self.convolution2(inner)
+        return kept + added
 
 
 class TabularBlock(nn.Module):
@@ -102,7 +103,8 @@ class TabularBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [b, width] for ``x`` [b, width]."""
-        return x + self.linear2(relu(self.linear1(self.norm(x))))
+        added: Tensor = self.linear2(relu(self.linear1(self.norm(x))))
+        return x + added
 
 
 def build(name: str, data_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:

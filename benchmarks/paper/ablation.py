@@ -33,7 +33,9 @@ def run(options: Options) -> Report:
                 ("Coupled-WSAM", "SAM"),
                 ("WSAM", "SAM"),
                 # Of the means that the paper prints, the lower one.
-                min(("WSAM", "Coupled-WSAM"), ("Coupled-WSAM", "WSAM"), key=lambda p: numbers[p[0]]),
+                min(
+                    ("WSAM", "Coupled-WSAM"), ("Coupled-WSAM", "WSAM"), key=lambda p: numbers[p[0]]
+                ),
             )
         ]
         if case[1] == name:

@@ -56,8 +56,8 @@ def run(options: Options) -> Report:
 {protocol.described([base], protocol.seeds(options))} Learning rate {base.lr:g} and weight decay
 {base.weight_decay:g} are the paper's; rho is searched for SAM at each level of noise, and what each
 method has of its own for it alone, on validation samples with true labels. A share of the training
-labels is drawn anew, uniformly over all classes, another one for every seed. The paper gives accuracies;
-here are errors.
+labels is drawn anew, uniformly over all classes, another one for every seed. The paper gives
+accuracies; here are errors.
 
 {results_table(results, published)}
 

@@ -32,10 +32,8 @@ def run(options: Options) -> Report:
             for lower, higher in (
                 ("Coupled-WSAM", "SAM"),
                 ("WSAM", "SAM"),
-                # Of the means that the paper prints, the lower one.
-                min(
-                    ("WSAM", "Coupled-WSAM"), ("Coupled-WSAM", "WSAM"), key=lambda p: numbers[p[0]]
-                ),
+                # Of the means that the paper prints, the lower one first.
+                sorted(("WSAM", "Coupled-WSAM"), key=numbers.__getitem__),
             )
         ]
         if case[1] == name:

@@ -61,14 +61,28 @@ def finding(found: Claim, group: str, results: Results, measure: Measure = error
         [measure(outcome) for outcome in results[group, method]]
         for method in (found.lower, found.higher)
     )
+    claimed = f"error {found.lower} < {found.higher}: {found.numbers}"
+    return lower_finding(found.source, claimed, group, lower, higher)
+
+
+def lower_finding(
+    source: str, claimed: str, group: str, lower: Sequence[float], higher: Sequence[float]
+) -> Finding:
+    """Return what values say about the claim that some are lower than others.
+
+    Args:
+        source: Paper and table.
+        claimed: The claim, with the paper's numbers.
+        group: What the values are of.
+        lower: The values that the paper has lower, one for each seed.
+        higher: The others.
+    """
     verdict, interval = less(lower, higher)
-    return Finding(
-        found.source,
-        f"error {found.lower} < {found.higher}: {found.numbers}",
+    found = (
         f"{group}: {mean_and_deviation(lower)} against {mean_and_deviation(higher)}, "
-        f"difference {interval}",
-        verdict,
+        f"difference {interval}"
     )
+    return Finding(source, claimed, found, verdict)
 
 
 def results_table(

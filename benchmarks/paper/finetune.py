@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from benchmarks.demo_report import table
 from benchmarks.paper import charts, protocol
-from benchmarks.paper.comparison import error, rows
+from benchmarks.paper.comparison import error, lower_finding, rows
 from benchmarks.paper.experiment import Experiment, Finding, Options, Report
 from benchmarks.paper.methods import METHODS as KNOWN
 from benchmarks.paper.pool import Runs
 from benchmarks.paper.published import FINETUNED_ERROR, printed
 from benchmarks.paper.runs import Spec
-from benchmarks.paper.statistics import alike, less, mean_and_deviation
+from benchmarks.paper.statistics import alike, mean_and_deviation
 
 METHODS = ("SGDM", "SAM", "GSAM", "WSAM")
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100")
@@ -103,19 +103,17 @@ def _searched(base: protocol.Task, search: protocol.Search) -> dict[str, Spec]:
 
 
 def _findings(dataset: str, errors: dict[str, list[float]]) -> list[Finding]:
-    found = []
-    for method in METHODS[1:]:
-        verdict, interval = less(errors[method], errors["SGDM"])
-        found.append(
-            Finding(
-                _SOURCE,
-                f"error {method} < SGDM: {printed(FINETUNED_ERROR[method])} against "
-                f"{printed(FINETUNED_ERROR['SGDM'])} (DeiT-Base, ImageNet)",
-                f"{dataset}: {mean_and_deviation(errors[method])} against "
-                f"{mean_and_deviation(errors['SGDM'])}, difference {interval}",
-                verdict,
-            )
+    found = [
+        lower_finding(
+            _SOURCE,
+            f"error {method} < SGDM: {printed(FINETUNED_ERROR[method])} against "
+            f"{printed(FINETUNED_ERROR['SGDM'])} (DeiT-Base, ImageNet)",
+            dataset,
+            errors[method],
+            errors["SGDM"],
         )
+        for method in METHODS[1:]
+    ]
     margin = _MARGIN * statistics.mean(errors["SAM"])
     verdict, interval = alike(errors["WSAM"], errors["SAM"], margin)
     found.append(

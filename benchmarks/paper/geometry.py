@@ -48,10 +48,11 @@ def run(options: Options) -> Report:
     )
     text = f"""
 {protocol.described([base], protocol.seeds(options))} Learning rate {base.lr:g} and weight decay
-{base.weight_decay:g}. The radius is searched for SAM in each geometry ({_RADII} for the
-adaptive and the Fisher one), gamma in {_GAMMAS} after that, on validation samples. "adaptive" is ASAM's, |w| for
-every parameter; "fisher" is 1 / (1 + eta g^2) with eta 1, the third-party form that
-docs/methods.md describes: the paper's own "+Fisher" has no public code.
+{base.weight_decay:g}. The radius is searched for SAM in each geometry (in
+{_RADII} for the adaptive and the Fisher one), then gamma in
+{_GAMMAS}, on validation samples. "adaptive" is ASAM's, |w| for every parameter; "fisher" is
+1 / (1 + eta g^2) with eta 1, the third-party form that docs/methods.md describes: the paper's own
+"+Fisher" has no public code.
 
 {results_table(results, published)}
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from benchmarks.demo_report import table
 from benchmarks.paper import charts, protocol
-from benchmarks.paper.comparison import error
+from benchmarks.paper.comparison import error, lower_finding
 from benchmarks.paper.data import load
 from benchmarks.paper.experiment import Experiment, Finding, Options, Report
 from benchmarks.paper.pool import Runs
-from benchmarks.paper.statistics import half_width, less, mean_and_deviation
+from benchmarks.paper.statistics import half_width, mean_and_deviation
 
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100")
 _SOURCE = "RW-SAM, abstract"
@@ -84,24 +84,19 @@ def _findings(dataset: str, errors: dict[str, list[float]]) -> list[Finding]:
         (ordered[-1], ordered[0]),
         ("RW-SAM", ordered[1]),
     ]
-    found = []
-    for lower, higher in pairs:
-        verdict, interval = less(errors[lower], errors[higher])
-        claim = (
-            "RW-SAM generalizes like m-SAM, better than SAM"
-            if lower == "RW-SAM"
-            else "the fewer samples perturb together, the better"
+    general = "the fewer samples perturb together, the better"
+    reweighted = "RW-SAM generalizes like m-SAM, better than SAM"
+    return [
+        lower_finding(
+            _SOURCE,
+            f"{reweighted if lower == 'RW-SAM' else general}: error {lower} < {higher} "
+            "(no numbers in the abstract)",
+            dataset,
+            errors[lower],
+            errors[higher],
         )
-        found.append(
-            Finding(
-                _SOURCE,
-                f"{claim}: error {lower} < {higher} (no numbers in the abstract)",
-                f"{dataset}: {mean_and_deviation(errors[lower])} against "
-                f"{mean_and_deviation(errors[higher])}, difference {interval}",
-                verdict,
-            )
-        )
-    return found
+        for lower, higher in pairs
+    ]
 
 
 EXPERIMENT = Experiment(

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from benchmarks.demo_report import table
 from benchmarks.paper import charts, protocol
+from benchmarks.paper.comparison import lower_finding
 from benchmarks.paper.experiment import Experiment, Finding, Options, Report
 from benchmarks.paper.minimum import SHARPNESS_RHO
 from benchmarks.paper.pool import Runs
 from benchmarks.paper.published import MINIMA
 from benchmarks.paper.runs import Outcome
-from benchmarks.paper.statistics import half_width, less, mean_and_deviation
+from benchmarks.paper.statistics import half_width, mean_and_deviation
 
 METHODS = ("SGDM", "SAM", "WSAM", "RW-SAM")
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100")
@@ -105,31 +106,28 @@ def _findings(values: Mapping[str, Mapping[str, Sequence[float]]], dataset: str)
         ("eigenvalue", curvature, eigenvalues, "SAM", "SGDM"),
         ("eigenvalue", curvature, eigenvalues, "WSAM", "SGDM"),
     ]
-    found = []
-    for what, here, paper, lower, higher in questions:
-        verdict, interval = less(here[lower], here[higher])
-        found.append(
-            Finding(
-                _SOURCE,
-                f"{what} {lower} < {higher}: {paper[lower]:g} against {paper[higher]:g} "
-                "(resnet18, cifar10)",
-                f"{dataset}: {mean_and_deviation(here[lower])} against "
-                f"{mean_and_deviation(here[higher])}, difference {interval}",
-                verdict,
-            )
+    found = [
+        lower_finding(
+            _SOURCE,
+            f"{what} {lower} < {higher}: {paper[lower]:g} against {paper[higher]:g} "
+            "(resnet18, cifar10)",
+            dataset,
+            here[lower],
+            here[higher],
         )
-    for method in ("SAM", "RW-SAM"):
-        verdict, interval = less(noise[method], noise["SGDM"])
-        found.append(
-            Finding(
-                _NOISE_SOURCE,
-                "noise in the perturbation regularizes by variance: gradient noise "
-                f"{method} < SGDM (no numbers in the abstract)",
-                f"{dataset}: {mean_and_deviation(noise[method])} against "
-                f"{mean_and_deviation(noise['SGDM'])}, difference {interval}",
-                verdict,
-            )
+        for what, here, paper, lower, higher in questions
+    ]
+    found += [
+        lower_finding(
+            _NOISE_SOURCE,
+            "noise in the perturbation regularizes by variance: gradient noise "
+            f"{method} < SGDM (no numbers in the abstract)",
+            dataset,
+            noise[method],
+            noise["SGDM"],
         )
+        for method in ("SAM", "RW-SAM")
+    ]
     return found
 
 

@@ -63,7 +63,7 @@ class LossSlice:
 
     def _draw_contours(self, axes: Axes, label: str, count: int) -> None:
         from matplotlib.colors import LogNorm, Normalize
-        from matplotlib.ticker import LogLocator, MaxNLocator
+        from matplotlib.ticker import LogFormatterMathtext, LogLocator, MaxNLocator, ScalarFormatter
 
         finite = self.losses[self.losses.isfinite()]
         low, high = float(finite.min()), float(finite.max())
@@ -89,9 +89,14 @@ class LossSlice:
         )
         figure = axes.get_figure(root=False)
         assert figure is not None  # all axes that can be drawn on are in one
-        # Ticks of powers of ten only where there are several of them.
-        ticks = LogLocator() if logarithmic and high > 100 * low else MaxNLocator(6)
-        figure.colorbar(shown, ax=axes, label=label, ticks=ticks)
+        bar = figure.colorbar(shown, ax=axes, label=label)
+        if not logarithmic or high < 100 * low:  # too narrow for several powers of ten
+            bar.locator = MaxNLocator(6)
+            bar.formatter = ScalarFormatter(useOffset=False)
+            bar.minorticks_off()
+        else:
+            bar.locator = LogLocator()
+            bar.formatter = LogFormatterMathtext()
         axes.plot([0.0], [0.0], marker="+", color="white", markersize=10, markeredgewidth=1.5)
         axes.set_xlabel("coordinate along direction 0")
         axes.set_ylabel("coordinate along direction 1")

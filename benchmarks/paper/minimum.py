@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.paper.data import Split
+from wsam_fused import landscape
 
 SHARPNESS_RHO = 0.1
 # Samples that the curvature is computed from: all of a small training set, of a large one the first
@@ -23,8 +24,6 @@ def measure(net: nn.Module, split: Split) -> tuple[float, float, float]:
         net: Is put into evaluation mode.
         split: The training set.
     """
-    from wsam_fused import landscape
-
     net.eval()
 
     def loss_of(x: Tensor, y: Tensor) -> Callable[[], Tensor]:

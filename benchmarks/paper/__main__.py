@@ -17,7 +17,7 @@ import torch
 from benchmarks.arguments import whole_number
 from benchmarks.paper.catalog import EXPERIMENTS
 from benchmarks.paper.data import DATASETS
-from benchmarks.paper.experiment import OUT, Options
+from benchmarks.paper.experiment import OUT, Options, WrongArgument
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.report import write
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         begin = time.perf_counter()
         try:
             report = experiment.run(options)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, WrongArgument) as error:
             parser.error(str(error))
         seconds = time.perf_counter() - begin
         path = write(experiment, report, options, seconds, _command(name, argv), list(EXPERIMENTS))

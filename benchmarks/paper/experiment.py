@@ -18,6 +18,10 @@ DISAGREES = "disagrees"
 CANNOT_TELL = "cannot tell at this size"
 
 
+class WrongArgument(ValueError):
+    """An argument of the command line does not go with the experiment; the message says which."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How large an experiment is made, and where it writes.

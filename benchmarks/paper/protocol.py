@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.paper.data import DATASETS
-from benchmarks.paper.experiment import Options
+from benchmarks.paper.experiment import Options, WrongArgument
 from benchmarks.paper.methods import METHODS
+from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.pool import Runs
 from benchmarks.paper.runs import Outcome, Spec
 
@@ -94,9 +95,19 @@ _QUICK_EPOCHS = 2
 
 
 def task(options: Options, dataset: str) -> Task:
-    """Return what a data set is trained with, as the options have it."""
+    """Return what a data set is trained with, as the options have it.
+
+    Raises:
+        WrongArgument: The model does not take the data set.
+    """
     found = _TASKS[dataset]
     if options.model is not None:
+        takes = [model for model in NETWORKS if _is_tabular(model) == _is_tabular(found.model)]
+        if options.model not in takes:
+            raise WrongArgument(
+                f"argument --model: {options.model!r} cannot take {dataset}, expected one of "
+                f"{', '.join(takes)}"
+            )
         found = replace(found, model=options.model)
     if found.model == "wrn28-10":
         found = replace(found, batch_size=_WIDE_BATCH, lr=_WIDE_LR)
@@ -105,6 +116,10 @@ def task(options: Options, dataset: str) -> Task:
     if options.epochs is not None:
         found = replace(found, epochs=options.epochs)
     return found
+
+
+def _is_tabular(model: str) -> bool:
+    return model == "resnet-tabular"
 
 
 def datasets(options: Options, *, small: Sequence[str], full: Sequence[str]) -> Sequence[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import Row, environment, read_rows, write_table
@@ -113,22 +114,39 @@ def overview(folder: Path = OUT) -> str:
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in read_rows(folder / _FINDINGS):
         grouped.setdefault((row["experiment"], row["source"]), []).append(row)
-    names = list(dict.fromkeys(name for name, _ in grouped))
-    cells = [
-        (
-            f"[{name}]({name}.md)",
-            source,
-            _lines(row["claim"] for row in rows),
-            _lines(row["found"] for row in rows),
-            _lines(f"**{row['verdict']}**" for row in rows),
-            f"`{rows[0]['command']}`",
-            _duration(float(rows[0]["seconds"])),
-        )
-        for (name, source), rows in grouped.items()
-    ]
     headers = ("experiment", "source", "the paper", "here", "verdict", "command", "time")
+    # Not padded: a cell holds many lines.
+    lines = [headers, ["---"] * len(headers)]
+    lines += [_overview_row(*place, rows) for place, rows in grouped.items()]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    names = list(dict.fromkeys(name for name, _ in grouped))
     pictures = [f"![{name}]({name}.png)" for name in names if (folder / f"{name}.png").exists()]
-    return "\n\n".join([_INTRODUCTION.strip(), table(headers, cells), *pictures]) + "\n"
+    return "\n\n".join([_INTRODUCTION.strip(), text, *pictures]) + "\n"
+
+
+def _overview_row(name: str, source: str, rows: Sequence[Row]) -> list[str]:
+    """Return the cells of a table or figure of a paper: its claims, and what was found of each."""
+    claims = list(dict.fromkeys(row["claim"] for row in rows))
+    numbers = [f"{claims.index(row['claim']) + 1}. " if len(claims) > 1 else "" for row in rows]
+    verdicts = Counter(row["verdict"] for row in rows)
+    return [
+        f"[{name}]({name}.md)",
+        source,
+        "<br>".join(
+            f"{number}. {claim}" if len(claims) > 1 else claim
+            for number, claim in enumerate(claims, 1)
+        ),
+        "<br>".join(
+            f"{number}{row['found']}: *{row['verdict']}*"
+            for number, row in zip(numbers, rows, strict=True)
+        ),
+        "<br>".join(
+            f"**{verdict}**" + (f" ({count} of {len(rows)})" if len(rows) > 1 else "")
+            for verdict, count in verdicts.items()
+        ),
+        f"`{rows[0]['command']}`",
+        _duration(float(rows[0]["seconds"])),
+    ]
 
 
 _INTRODUCTION = """
@@ -146,14 +164,6 @@ half of that passes); else of the command.
 
 The commands in the table write this page; do not edit it.
 """
-
-
-def _lines(texts: Iterable[str]) -> str:
-    """Return texts one below the other in a cell, numbered if there are several."""
-    found = list(texts)
-    if len(found) == 1:
-        return found[0]
-    return "<br>".join(f"{number}. {text}" for number, text in enumerate(found, 1))
 
 
 def _duration(seconds: float) -> str:

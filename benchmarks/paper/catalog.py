@@ -12,9 +12,11 @@ from benchmarks.paper import (
     m_sharpness,
     minima,
     sensitivity,
+    toy,
 )
 
 _MODULES = (
+    toy,
     accuracy,
     label_noise,
     geometry,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -52,6 +52,14 @@ def difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return torch.stack(ratios).max().item()
 
 
+def nudge(params: Iterable[Tensor]) -> None:
+    """Move every weight by one rounding, up or down at random."""
+    with torch.no_grad():
+        for param in params:
+            signs = torch.randint_like(param, 2).mul_(2).sub_(1)
+            param.addcmul_(param, signs, value=torch.finfo(param.dtype).eps)
+
+
 def end_weights(
     method: str,
     base: str,
@@ -76,10 +84,7 @@ def end_weights(
     net = model.build_net(seed, data.train_x.dtype).train()
     params = list(net.parameters())
     if nudged:
-        with torch.no_grad():
-            for param in params:
-                signs = torch.randint_like(param, 2).mul_(2).sub_(1)
-                param.addcmul_(param, signs, value=torch.finfo(param.dtype).eps)
+        nudge(params)
     optimizer = demo_methods.build_optimizer(method, base, net, backend)
     timer = model.Timer()
     stream = model.batches(data, seed)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.demo_methods import build_optimizer, train_step
+from wsam_fused import landscape
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 
 BATCH_SIZE = 64
@@ -162,13 +163,4 @@ def train(
 def sharpness(net: nn.Module, data: Digits, rho: float = SHARPNESS_RHO) -> float:
     """Return L(w + e) - L(w) on the training set in eval mode, e = rho g / |g|, g = grad L(w)."""
     net.eval()
-    params = list(net.parameters())
-    loss = cross_entropy(net(data.train_x), data.train_y)
-    grads = torch.autograd.grad(loss, params)
-    norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads])).item()
-    before = [param.detach().clone() for param in params]
-    with torch.no_grad():
-        torch._foreach_add_(params, grads, alpha=rho / max(norm, 1e-30))
-        perturbed = cross_entropy(net(data.train_x), data.train_y)
-        torch._foreach_copy_(params, before)
-    return (perturbed - loss).item()
+    return landscape.sharpness(net, lambda: cross_entropy(net(data.train_x), data.train_y), rho)

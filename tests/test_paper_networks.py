@@ -49,8 +49,8 @@ def _wide_count(classes: int) -> int:
 
 
 def _small_count(classes: int) -> int:
-    blocks = _basic_block(16, 16, False) + _basic_block(16, 32, True) + _basic_block(32, 64, True)
-    return 9 * 1 * 16 + 2 * 16 + blocks + (64 + 1) * classes
+    blocks = _basic_block(8, 8, False) + _basic_block(8, 16, True) + _basic_block(16, 32, True)
+    return 9 * 1 * 8 + 2 * 8 + blocks + (32 + 1) * classes
 
 
 def _tabular_count(classes: int) -> int:
@@ -84,6 +84,17 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     norms = {key: param.grad.norm().item() for key, param in network.named_parameters()}
     # One that only a BatchNorm reads would have the rounding of one, 1e-8 and less.
     assert {key: norm for key, norm in norms.items() if not norm > 1e-5} == {}
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 4), ("wrn28-10", 8), ("resnet-small", 2)])
+def test_images_shrink_to_their_size_before_pooling(name: str, size: int) -> None:
+    network = build(name, _SHAPES[name], 10, seed=0).eval()
+    pooling = next(part for part in network if isinstance(part, nn.AdaptiveAvgPool2d))
+    seen = []
+    pooling.register_forward_hook(lambda _, given, __: seen.append(tuple(given[0].shape[2:])))
+    with torch.no_grad():
+        network(torch.randn(1, *_SHAPES[name]))
+    assert seen == [(size, size)]
 
 
 def test_wide_network_has_28_convolutions_and_gives_logits() -> None:

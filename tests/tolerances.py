@@ -55,6 +55,15 @@ REPLICAS = Tolerance(rtol=1e-13, atol=2e-14)
 # g2 - g1, Adam's quotient of small moments).
 TRAJECTORY = Tolerance(rtol=1e-12, atol=1e-13)
 
+# A figure of the landscape of 45 parameters against its closed form in float64. Sums of 45 terms:
+# 45 u of their absolute values, which are up to 10 times the figure where they cancel: 450 u = 3e-5
+# and 5e-14, relative. The rise of a loss is the difference of two, of the size of 10 at most, each
+# off by 45 u of that: 900 u = 6e-5 and 1e-13.
+LANDSCAPE = {
+    torch.float32: Tolerance(rtol=3e-5, atol=6e-5),
+    torch.float64: Tolerance(rtol=5e-14, atol=1e-13),
+}
+
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, what: str) -> None:
     """Assert closeness, saying what differs."""

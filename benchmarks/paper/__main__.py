@@ -17,7 +17,7 @@ import torch
 from benchmarks.arguments import whole_number
 from benchmarks.paper.catalog import EXPERIMENTS
 from benchmarks.paper.data import DATASETS
-from benchmarks.paper.experiment import OUT, Options
+from benchmarks.paper.experiment import OUT, Options, WrongArgument
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.report import write
 
@@ -25,9 +25,9 @@ from benchmarks.paper.report import write
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
-        description="Make an experiment of the papers and write what it found (CSV, PNG, Markdown) and "
-        "the overview README.md. Without a name: list the experiments. A command that was stopped goes "
-        "on where it was.",
+        description="Make an experiment of the papers and write what it found (CSV, PNG, Markdown) "
+        "and the overview README.md. Without a name: list the experiments. A command that was "
+        "stopped goes on where it was.",
     )
     parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS, "all"], metavar="NAME")
     size = parser.add_mutually_exclusive_group()
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers",
         type=whole_number(1, 256),
-        help="processes that train at the same time (default: the cores; on a GPU 1)",
+        help="processes that train at the same time (default: the cores; on a GPU and quick: 1)",
     )
     parser.add_argument("--fresh", action="store_true", help="forget what earlier calls computed")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
@@ -68,7 +68,7 @@ def _options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Optio
         model=args.model,
         data=args.data,
         device=args.device,
-        workers=args.workers or (cores or 1 if device.type == "cpu" else 1),
+        workers=args.workers or (1 if device.type != "cpu" or args.quick else cores or 1),
         fresh=args.fresh,
         out=args.out,
     )
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         begin = time.perf_counter()
         try:
             report = experiment.run(options)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, WrongArgument) as error:
             parser.error(str(error))
         seconds = time.perf_counter() - begin
         path = write(experiment, report, options, seconds, _command(name, argv), list(EXPERIMENTS))

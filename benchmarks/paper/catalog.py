@@ -2,6 +2,27 @@
 
 from __future__ import annotations
 
-from benchmarks.paper.experiment import Experiment
+from benchmarks.paper import (
+    ablation,
+    accuracy,
+    agreement,
+    finetune,
+    geometry,
+    label_noise,
+    m_sharpness,
+    minima,
+    sensitivity,
+)
 
-EXPERIMENTS: dict[str, Experiment] = {}
+_MODULES = (
+    accuracy,
+    label_noise,
+    geometry,
+    ablation,
+    minima,
+    sensitivity,
+    finetune,
+    m_sharpness,
+    agreement,
+)
+EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}

@@ -18,6 +18,10 @@ DISAGREES = "disagrees"
 CANNOT_TELL = "cannot tell at this size"
 
 
+class WrongArgument(ValueError):
+    """An argument of the command line does not go with the experiment; the message says which."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How large an experiment is made, and where it writes.
@@ -90,6 +94,8 @@ class Report:
         caption: Its alternative text.
         findings: At least one.
         notes: Markdown after the findings: what disagrees and why, what was not reached.
+        training: Seconds of training of all runs added up, None where nothing was trained.
+        sources: Hashes of our sources that the runs were made with, if not those of now.
     """
 
     text: str
@@ -98,6 +104,8 @@ class Report:
     caption: str
     findings: Sequence[Finding]
     notes: str = ""
+    training: float | None = None
+    sources: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

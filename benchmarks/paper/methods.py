@@ -54,8 +54,8 @@ METHODS = {
 def build_optimizer(spec: Spec, net: nn.Module) -> Optimizer:
     """Return the optimizer of a run.
 
-    BSAM's ``rho_min`` falls to 0 with the learning rate, as its authors have it. The ``m`` of m-SAM,
-    samples of a micro-batch, is not the optimizer's.
+    BSAM's ``rho_min`` falls to 0 with the learning rate, as its authors have it. The ``m`` of
+    m-SAM, samples of a micro-batch, is not the optimizer's.
     """
     method = METHODS[spec.method]
     base = {"lr": spec.lr, "momentum": _MOMENTUM, "weight_decay": spec.weight_decay}

@@ -11,7 +11,7 @@ from torch.nn.functional import relu
 NETWORKS = {
     "resnet18": "ResNet-18 for 32x32 images: 3x3 stem, no pooling before the blocks",
     "wrn28-10": "WideResNet-28-10, pre-activation, no dropout",
-    "resnet-small": "ResNet of 3 blocks, 16 to 64 channels, for images of 8x8 pixels",
+    "resnet-small": "ResNet of 3 blocks, 8 to 32 channels, for images of 8x8 pixels",
     "resnet-tabular": "residual multi-layer perceptron of 2 blocks, 64 wide, for rows of features",
 }
 
@@ -77,7 +77,8 @@ class PreActivationBlock(nn.Module):
         active = relu(self.norm1(x))
         kept = x if self.shortcut is None else self.shortcut(active)
         inner = relu(self.norm2(self.convolution1(active)))
-        return kept + self.convolution2(inner)
+        added: Tensor = self.convolution2(inner)
+        return kept + added
 
 
 class TabularBlock(nn.Module):
@@ -102,7 +103,8 @@ class TabularBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [b, width] for ``x`` [b, width]."""
-        return x + self.linear2(relu(self.linear1(self.norm(x))))
+        added: Tensor = self.linear2(relu(self.linear1(self.norm(x))))
+        return x + added
 
 
 def build(name: str, data_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
@@ -176,7 +178,7 @@ def _resnet18(channels: int, classes: int) -> nn.Module:
 
 
 def _resnet_small(channels: int, classes: int) -> nn.Module:
-    return _resnet(channels, classes, [(16, 1), (32, 2), (64, 2)], each=1)
+    return _resnet(channels, classes, [(8, 1), (16, 2), (32, 2)], each=1)
 
 
 def _wide_resnet(channels: int, classes: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,6 @@ _FIELDS = (
     "seconds",
     "device",
     "torch",
-    "git",
     "source_hash",
     "date",
     "command",
@@ -57,9 +57,12 @@ def write(
         [(f.source, f.claim, f.found, f.verdict) for f in report.findings],
     )
     where = environment(command)
+    sources = ", ".join(report.sources or [where["source"]])
+    spent = seconds if report.training is None else report.training
+    kind = "" if report.training is None else " of training, all runs added up"
     provenance = (
-        f"`{command}`, {_duration(seconds)} ({options.size} size); {where['device']}, torch "
-        f"{where['torch']}, sources {where['source']}, {where['date']}."
+        f"`{command}`, {_duration(spent)}{kind} ({options.size} size); {where['device']}, torch "
+        f"{where['torch']}, sources {sources}, {where['date']}."
     )
     parts = [
         f"# {experiment.title}",
@@ -81,11 +84,10 @@ def write(
             "found": finding.found,
             "verdict": finding.verdict,
             "size": options.size,
-            "seconds": f"{seconds:.0f}",
+            "seconds": f"{spent:.0f}",
             "device": where["device"],
             "torch": where["torch"],
-            "git": where["git"],
-            "source_hash": where["source"],
+            "source_hash": sources,
             "date": where["date"],
             "command": command,
         }
@@ -109,34 +111,58 @@ def overview(folder: Path = OUT) -> str:
     Args:
         folder: With the results of experiments.
     """
-    rows = read_rows(folder / _FINDINGS)
-    names = list(dict.fromkeys(row["experiment"] for row in rows))
-    cells = [
-        (
-            f"[{row['experiment']}]({row['experiment']}.md)",
-            row["source"],
-            row["claim"],
-            row["found"],
-            f"**{row['verdict']}**",
-            f"`{row['command']}`",
-            _duration(float(row["seconds"])),
-        )
-        for row in rows
-    ]
+    grouped: dict[tuple[str, str], list[Row]] = {}
+    for row in read_rows(folder / _FINDINGS):
+        grouped.setdefault((row["experiment"], row["source"]), []).append(row)
     headers = ("experiment", "source", "the paper", "here", "verdict", "command", "time")
+    # Not padded: a cell holds many lines.
+    lines = [headers, ["---"] * len(headers)]
+    lines += [_overview_row(*place, rows) for place, rows in grouped.items()]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    names = list(dict.fromkeys(name for name, _ in grouped))
     pictures = [f"![{name}]({name}.png)" for name in names if (folder / f"{name}.png").exists()]
-    return "\n\n".join([_INTRODUCTION.strip(), table(headers, cells), *pictures]) + "\n"
+    return "\n\n".join([_INTRODUCTION.strip(), text, *pictures]) + "\n"
+
+
+def _overview_row(name: str, source: str, rows: Sequence[Row]) -> list[str]:
+    """Return the cells of a table or figure of a paper: its claims, and what was found of each."""
+    claims = list(dict.fromkeys(row["claim"] for row in rows))
+    numbers = [f"{claims.index(row['claim']) + 1}. " if len(claims) > 1 else "" for row in rows]
+    verdicts = Counter(row["verdict"] for row in rows)
+    return [
+        f"[{name}]({name}.md)",
+        source,
+        "<br>".join(
+            f"{number}. {claim}" if len(claims) > 1 else claim
+            for number, claim in enumerate(claims, 1)
+        ),
+        "<br>".join(
+            f"{number}{row['found']}: *{row['verdict']}*"
+            for number, row in zip(numbers, rows, strict=True)
+        ),
+        "<br>".join(
+            f"**{verdict}**" + (f" ({count} of {len(rows)})" if len(rows) > 1 else "")
+            for verdict, count in verdicts.items()
+        ),
+        f"`{rows[0]['command']}`",
+        _duration(float(rows[0]["seconds"])),
+    ]
 
 
 _INTRODUCTION = """
 # The papers' experiments
 
-Made by `python -m benchmarks.paper NAME` (without a name: the list); `--full` makes them as large as in the papers, and needs the
-CIFAR files and a GPU. What stands here is what small data and a small machine allow: a claim about CIFAR that is not
-seen on 400 handwritten digits is not refuted by that, and one that is seen is not confirmed. A difference counts if its 95 %
-confidence interval (Welch, over seeds) leaves out zero; else the verdict is *cannot tell at this size*. Results that disagree
-are kept. Times are those of the whole command with two worker processes, without what an earlier experiment had computed.
-Written by the commands in the table, which also name the machine in each experiment's page; do not edit.
+Made by `python -m benchmarks.paper NAME` (without a name: the list); `--full` makes them as large
+as in the papers, and needs the CIFAR files and a GPU. What stands here is what small data and a
+small machine allow: a claim about CIFAR that is not seen on 400 handwritten digits is not refuted
+by that, and one that is seen there is not confirmed. A difference counts if its 95 % confidence
+interval (Welch, over seeds) leaves out zero, else the verdict is *cannot tell at this size*;
+intervals are not widened for the number of comparisons. Results that disagree are kept. Each page
+names the machine, the torch version and the hash of our sources. Times of what was trained are
+those of all its runs added up, also those that another experiment had made (on two cores about
+half of that passes); else of the command.
+
+The commands in the table write this page; do not edit it.
 """
 
 

@@ -45,10 +45,14 @@ def difference(left: Sequence[float], right: Sequence[float]) -> Interval:
         right: Likewise.
     """
     value = statistics.mean(left) - statistics.mean(right)
-    if statistics.stdev(left) == 0.0 == statistics.stdev(right):  # Welch's degrees are 0 / 0
+    errors = [statistics.variance(values) / len(values) for values in (left, right)]
+    if sum(errors) == 0.0:
         return Interval(value, value, value)
-    interval = stats.ttest_ind(left, right, equal_var=False).confidence_interval(_CONFIDENCE)
-    return Interval(value, float(interval.low), float(interval.high))
+    # Welch and Satterthwaite; scipy's ttest_ind warns where one of the two has no variance.
+    parts = [error**2 / (len(v) - 1) for error, v in zip(errors, (left, right), strict=True)]
+    freedom = sum(errors) ** 2 / sum(parts)
+    width = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom)) * sum(errors) ** 0.5
+    return Interval(value, value - width, value + width)
 
 
 def less(left: Sequence[float], right: Sequence[float]) -> tuple[str, Interval]:

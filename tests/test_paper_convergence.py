@@ -19,14 +19,15 @@ pytest.importorskip("tqdm", reason="the experiment shows a progress bar")
 
 from threadpoolctl import threadpool_limits
 
-from benchmarks.paper import convergence, convex, nonconvex
-from benchmarks.paper.convergence_agreement import agreement
-from benchmarks.paper.convergence_outcomes import bound_verdict, exponent, rate_verdict
+from benchmarks.paper import convergence
+from benchmarks.paper.convergence import convex, nonconvex
+from benchmarks.paper.convergence.agreement import agreement
+from benchmarks.paper.convergence.logistic import LogisticRegression
+from benchmarks.paper.convergence.outcomes import bound_verdict, exponent, rate_verdict
+from benchmarks.paper.convergence.parallel import computed
+from benchmarks.paper.convergence.sgd_with_wsam import Setting, run
 from benchmarks.paper.experiment import AGREES, CANNOT_TELL, DISAGREES, Options
-from benchmarks.paper.logistic import LogisticRegression
-from benchmarks.paper.parallel import computed
 from benchmarks.paper.report import write
-from benchmarks.paper.sgd_with_wsam import Setting, run
 
 _PENALISED = LogisticRegression(penalty=0.1)
 _POINT = np.random.default_rng(1).standard_normal(_PENALISED.size)

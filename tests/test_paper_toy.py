@@ -14,9 +14,11 @@ pytest.importorskip("scipy", reason="the minima are found with scipy")
 pytest.importorskip("matplotlib", reason="the report has a picture")
 pytest.importorskip("tqdm", reason="the experiment shows a progress bar")
 
-from benchmarks.paper import toy, toy_loss, toy_paths
+from benchmarks.paper import toy
 from benchmarks.paper.experiment import AGREES, DISAGREES, Options
 from benchmarks.paper.report import write
+from benchmarks.paper.toy import loss as toy_loss
+from benchmarks.paper.toy import paths as toy_paths
 
 _KNOWN = INDEX["problems"]["toy"]["stationary_points"]
 _CONTENDERS = {contender.name: contender for contender in toy_paths.CONTENDERS}

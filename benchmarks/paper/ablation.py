@@ -59,6 +59,8 @@ def run(options: Options) -> Report:
         figure,
         "errors of SAM, Coupled-WSAM and WSAM",
         findings,
+        notes="Coupled-WSAM with gamma 0.5 is SAM: where the search finds that, both have the same "
+        "errors but for rounding.",
         training=runs.seconds,
         sources=runs.sources,
     )

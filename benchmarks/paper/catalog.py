@@ -6,6 +6,7 @@ from benchmarks.paper import (
     ablation,
     accuracy,
     agreement,
+    convergence,
     finetune,
     geometry,
     label_noise,
@@ -24,6 +25,7 @@ _MODULES = (
     minima,
     sensitivity,
     finetune,
+    convergence,
     m_sharpness,
     agreement,
 )

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from benchmarks.paper import toy_loss
-from benchmarks.paper.toy_paths import START, Array
+from benchmarks.paper.toy import loss as toy_loss
+from benchmarks.paper.toy.paths import START, Array
 
 # Colours that the colour-blind can tell apart (Okabe and Ito), on a grey landscape; the ends have
 # markers of their own.

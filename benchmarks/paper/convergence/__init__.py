@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from benchmarks.paper import convex, nonconvex
-from benchmarks.paper.convergence_agreement import agreement
-from benchmarks.paper.convergence_outcomes import ConvexOutcome, NonconvexOutcome
-from benchmarks.paper.convergence_picture import draw
-from benchmarks.paper.convergence_report import (
+from benchmarks.paper.convergence import convex, nonconvex
+from benchmarks.paper.convergence.agreement import agreement
+from benchmarks.paper.convergence.outcomes import ConvexOutcome, NonconvexOutcome
+from benchmarks.paper.convergence.parallel import computed
+from benchmarks.paper.convergence.picture import draw
+from benchmarks.paper.convergence.report import (
     curves_of_gradients,
     curves_of_regrets,
     findings,
@@ -19,9 +20,8 @@ from benchmarks.paper.convergence_report import (
     rows,
     text,
 )
+from benchmarks.paper.convergence.sgd_with_wsam import Setting
 from benchmarks.paper.experiment import Experiment, Options, Report
-from benchmarks.paper.parallel import computed
-from benchmarks.paper.sgd_with_wsam import Setting
 
 # alpha = 1, where the printed C1 and that of the proof are the same; the rest shows what batch,
 # radius and learning rate do to it.

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import optimize
 from scipy.special import expit
 
-from benchmarks.paper.logistic import Array, Indices, LogisticRegression
-from benchmarks.paper.sgd_with_wsam import Setting, run
+from benchmarks.paper.convergence.logistic import Array, Indices, LogisticRegression
+from benchmarks.paper.convergence.sgd_with_wsam import Setting, run
 
 PROBLEM = LogisticRegression()
 # Half the width of the domain. The data are all but separable: without a box there is no minimum.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.paper import toy_loss
+from benchmarks.paper.toy import loss as toy_loss
 from wsam_fused import SAM, WSAM
 from wsam_fused.optimizer import SharpnessAwareOptimizer
 
@@ -72,7 +72,7 @@ def path(
 ) -> Array:
     """Return where an optimizer is after each step, in an array of shape [steps + 1, 2].
 
-    The gradients are those of :func:`benchmarks.paper.toy_loss.gradient`; for two numbers a graph
+    The gradients are those of :func:`benchmarks.paper.toy.loss.gradient`; for two numbers a graph
     would cost more than all the rest.
 
     Args:

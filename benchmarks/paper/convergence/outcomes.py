@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.paper.convex import Regret
+from benchmarks.paper.convergence.convex import Regret
+from benchmarks.paper.convergence.nonconvex import Gradients, Stationarity
+from benchmarks.paper.convergence.sgd_with_wsam import Setting
 from benchmarks.paper.experiment import AGREES, CANNOT_TELL, DISAGREES
-from benchmarks.paper.nonconvex import Gradients, Stationarity
-from benchmarks.paper.sgd_with_wsam import Setting
 from benchmarks.paper.statistics import Interval, half_width
 
 

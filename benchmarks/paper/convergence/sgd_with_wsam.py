@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.paper.logistic import Array, Indices, LogisticRegression
+from benchmarks.paper.convergence.logistic import Array, Indices, LogisticRegression
 from wsam_fused import WSAM
 from wsam_fused.schedules import InverseSqrt
 

@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.demo_report import table
-from benchmarks.paper import convex, nonconvex
-from benchmarks.paper.convergence_agreement import Agreement
-from benchmarks.paper.convergence_outcomes import (
+from benchmarks.paper.convergence import convex, nonconvex
+from benchmarks.paper.convergence.agreement import Agreement
+from benchmarks.paper.convergence.outcomes import (
     ConvexOutcome,
     NonconvexOutcome,
     bound_verdict,
     rate_verdict,
 )
-from benchmarks.paper.convergence_picture import Curve
+from benchmarks.paper.convergence.picture import Curve
+from benchmarks.paper.convergence.sgd_with_wsam import Setting
 from benchmarks.paper.experiment import CANNOT_TELL, Finding
-from benchmarks.paper.sgd_with_wsam import Setting
 from benchmarks.paper.statistics import Interval, half_width
 
 _CONVEX_SOURCE = "WSAM, Theorem 5.1, Corollary 5.2"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.paper.logistic import Array, LogisticRegression
-from benchmarks.paper.sgd_with_wsam import Setting, run
+from benchmarks.paper.convergence.logistic import Array, LogisticRegression
+from benchmarks.paper.convergence.sgd_with_wsam import Setting, run
 
 PROBLEM = LogisticRegression(penalty=0.1)
 # Of the normal numbers that the weights begin with: most are where the penalty is concave.

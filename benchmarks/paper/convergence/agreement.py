@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.paper.logistic import Array, LogisticRegression
-from benchmarks.paper.sgd_with_wsam import Record, Setting, run
+from benchmarks.paper.convergence.logistic import Array, LogisticRegression
+from benchmarks.paper.convergence.sgd_with_wsam import Record, Setting, run
 
 _UNIT = float(np.finfo(np.float64).eps) / 2.0
 

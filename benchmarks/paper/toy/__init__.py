@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.demo_report import table
-from benchmarks.paper import toy_loss
 from benchmarks.paper.experiment import AGREES, DISAGREES, Experiment, Finding, Options, Report
-from benchmarks.paper.toy_paths import (
+from benchmarks.paper.toy import loss as toy_loss
+from benchmarks.paper.toy.paths import (
     CONTENDERS,
     LR,
     MOMENTUM,
@@ -24,7 +24,7 @@ from benchmarks.paper.toy_paths import (
     jittered_starts,
     path,
 )
-from benchmarks.paper.toy_picture import draw
+from benchmarks.paper.toy.picture import draw
 
 _SOURCE = "WSAM, section 4.2, Figure 2"
 # Beyond them two right computations may differ by more than rounding: the paths are chaotic.

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common import environment, read_rows
+from benchmarks.paper.data import load
 from benchmarks.paper.experiment import Options
 from benchmarks.paper.runs import Outcome, Spec
 from benchmarks.paper.training import run
@@ -78,6 +79,8 @@ class Runs:
 
     def _make(self, specs: Sequence[Spec], what: str) -> None:
         options = self._options
+        for dataset in {spec.dataset for spec in specs}:
+            load(dataset, options.data)  # what is missing is better missed before processes start
         options.out.mkdir(parents=True, exist_ok=True)
         provenance = {name: environment("")[name] for name in ("device", "torch", "source", "date")}
         if options.device != "cpu":

@@ -43,11 +43,15 @@ def intervals(
         label: Of the values.
         title: Of the picture.
     """
-    rows = max(map(len, panels.values()))
-    size = (2.2 + 3.3 * len(panels), 1.5 + 0.42 * rows)
+    height = 1.0 + 0.36 * max(map(len, panels.values()))
+    columns = min(len(panels), 2 if len(panels) == 4 else 3)
+    rows = -(-len(panels) // columns)
+    size = (1.2 + 3.6 * columns, 0.5 + height * rows)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (group, values) in zip(grid, panels.items(), strict=True):
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (group, values) in zip(grid, panels.items(), strict=False):
         names = list(values)
         for place, name in enumerate(names):
             _interval(axes, place, name, values[name])
@@ -99,7 +103,8 @@ def curves(
         axes.set_title(group, loc="left", fontsize=10, color="#444444")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.legend(frameon=False)
+        if len(lines) > 1:
+            axes.legend(frameon=False)
         plain(axes)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     return figure

@@ -14,8 +14,7 @@ from benchmarks.paper.runs import Spec
 METHODS = ("SAM", "WSAM")
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100")
 _SOURCE = "WSAM, Table 7"
-# WSAM paper, section 6.4; the Euclidean one has the range of section 6.1.
-_RADII = (0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+# WSAM paper, section 6.4.
 _GAMMAS = (0.80, 0.82, 0.84, 0.86, 0.88, 0.90, 0.92, 0.94)
 
 
@@ -49,7 +48,7 @@ def run(options: Options) -> Report:
     text = f"""
 {protocol.described([base], protocol.seeds(options))} Learning rate {base.lr:g} and weight decay
 {base.weight_decay:g}. The radius is searched for SAM in each geometry (in
-{_RADII} for the adaptive and the Fisher one), then gamma in
+{protocol.WIDE_RHOS} for the adaptive and the Fisher one), then gamma in
 {_GAMMAS}, on validation samples. "adaptive" is ASAM's, |w| for every parameter; "fisher" is
 1 / (1 + eta g^2) with eta 1, the third-party form that docs/methods.md describes: the paper's own
 "+Fisher" has no public code.
@@ -66,20 +65,19 @@ Hyper-parameters found:
         figure,
         "errors of SAM and WSAM in three geometries",
         findings,
+        notes=protocol.edge_note(specs.values()),
         training=runs.seconds,
         sources=runs.sources,
     )
 
 
 def _searched(base: protocol.Task, search: protocol.Search) -> dict[tuple[str, str], Spec]:
-    radii = {
-        geometry: protocol.RHOS if geometry == "euclidean" else _RADII
-        for geometry in GEOMETRY_ERROR
-    }
     best = search.best(
         {
-            geometry: [base.spec("SAM", rho=rho, geometry=geometry) for rho in values]
-            for geometry, values in radii.items()
+            geometry: [
+                base.spec("SAM", rho=rho, geometry=geometry) for rho in protocol.radii(geometry)
+            ]
+            for geometry in GEOMETRY_ERROR
         }
     )
     candidates: dict[tuple[str, str], list[Spec]] = {}

@@ -71,6 +71,7 @@ Hyper-parameters found (the paper's Table 5):
         figure,
         "errors of networks trained on wrong labels",
         findings,
+        notes=protocol.edge_note(specs.values()),
         training=runs.seconds,
         sources=runs.sources,
     )

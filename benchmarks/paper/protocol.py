@@ -25,7 +25,9 @@ Grid = Mapping[str, Sequence[Any]]
 
 LEARNING_RATES = (0.05, 0.1)
 WEIGHT_DECAYS = (1e-4, 5e-4, 1e-3)
+# Of the Euclidean geometry (section 6.1), and of the adaptive and Fisher's (section 6.4).
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+WIDE_RHOS = (0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 # WSAM paper, section 6.1. BSAM's and RW-SAM's are ours: we hold neither paper's grid.
 OWN: dict[str, Grid] = {
     "SGDM": {},
@@ -239,9 +241,14 @@ def final_runs(specs: Mapping[Any, Spec], runs: Runs, seeds: int) -> dict[Any, l
     return {key: [next(found) for _ in range(seeds)] for key in specs}
 
 
-def seeds(options: Options) -> int:
-    """Return the number of seeds of the final runs; the papers have five."""
-    return options.seeds or int(options.of_size(quick=2, default=10, full=5))
+def seeds(options: Options, default: int = 10) -> int:
+    """Return the number of seeds of the final runs; the papers have five.
+
+    Args:
+        options: May give a number.
+        default: For the default size.
+    """
+    return options.seeds or int(options.of_size(quick=2, default=default, full=5))
 
 
 def paper_case(found: Task) -> tuple[str, str]:
@@ -261,4 +268,21 @@ def described(tasks: Iterable[Task], seeds: int) -> str:
     return (
         f"{'; '.join(parts)}. Momentum SGD is the base, its learning rate falls to 0 as a cosine; "
         f"{seeds} seeds, mean ± standard deviation."
+    )
+
+
+def radii(geometry: str) -> Sequence[float]:
+    """Return the papers' range of rho for a geometry."""
+    return RHOS if geometry == "euclidean" else WIDE_RHOS
+
+
+def edge_note(specs: Iterable[Spec]) -> str:
+    """Return a sentence if a search ended at the largest radius that it had; else nothing."""
+    chosen = [dict(spec.hyper) for spec in specs if spec.method == "SAM"]
+    ends = [hyper["rho"] == radii(hyper.get("geometry", "euclidean"))[-1] for hyper in chosen]
+    if not any(ends):
+        return ""
+    return (
+        "Where rho is the largest of its range, a larger one might have done better on networks as "
+        "small as these; the ranges are the paper's, and were not widened."
     )

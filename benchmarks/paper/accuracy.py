@@ -53,9 +53,9 @@ def run(options: Options) -> Report:
     }
     figure = charts.intervals(panels, "top-1 error on the test set, %", "Error of all methods")
     text = f"""
-{protocol.described(tasks.values(), protocol.seeds(options, _SEEDS))} Learning rate, weight decay, rho and
-what each method has of its own are searched for as in section 6.1 of the paper, on validation
-samples.
+{protocol.described(tasks.values(), protocol.seeds(options, _SEEDS))} Learning rate, weight decay,
+rho and what each method has of its own are searched for as in section 6.1 of the paper, on
+validation samples.
 
 {results_table(results, published)}
 

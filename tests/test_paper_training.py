@@ -12,23 +12,12 @@ pytest.importorskip("sklearn", reason="the runs train on scikit-learn's data set
 pytest.importorskip("matplotlib", reason="the experiments draw pictures")
 pytest.importorskip("tqdm", reason="the experiments show progress bars")
 
-from benchmarks.paper import methods, training
+from benchmarks.paper import agreement, methods, training
 from benchmarks.paper.runs import Spec
 from wsam_fused import landscape
 
 BASE = Spec("breast-cancer", "resnet-tabular", "SAM", (("rho", 0.1),), 0.05, 1e-3, 2, 20, 0)
-HYPER = {
-    "SGDM": {},
-    "SAM": {"rho": 0.1},
-    "ESAM": {"rho": 0.1, "beta": 0.5, "gamma": 0.5},
-    "GSAM": {"rho": 0.1, "alpha": 0.1},
-    "WSAM": {"rho": 0.1, "gamma": 0.8},
-    "Coupled-WSAM": {"rho": 0.1, "gamma": 0.8},
-    "BSAM": {"rho": 0.1, "rho_min": 0.05},
-    "RW-SAM": {"rho": 0.1, "lam": 0.3, "delta": 1e-3},
-    "m-SAM": {"rho": 0.1, "m": 5},
-    "n-SAM": {"rho": 0.1},
-}
+HYPER: dict[str, dict[str, float]] = {"SGDM": {}, **agreement.HYPER, "m-SAM": {"rho": 0.1, "m": 5}}
 
 
 def _spec(method: str, **changes: object) -> Spec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper import charts, protocol
-from benchmarks.paper.comparison import claim, error, finding, hyper_table, results_table, rows
+from benchmarks.paper.comparison import claim, errors, finding, hyper_table, results_table, rows
 from benchmarks.paper.experiment import Experiment, Options, Report
 from benchmarks.paper.pool import Runs
 from benchmarks.paper.published import COUPLED, ERROR, printed
@@ -40,10 +40,7 @@ def run(options: Options) -> Report:
         ]
         if case[1] == name:
             published.update({(name, m): printed(numbers[m]) for m in METHODS})
-    panels = {
-        name: {method: [error(o) for o in results[name, method]] for method in METHODS}
-        for name in names
-    }
+    panels = {name: errors(results, name, METHODS) for name in names}
     figure = charts.intervals(
         panels, "top-1 error on the test set, %", "WSAM, its coupled form, and SAM"
     )

@@ -6,7 +6,7 @@ from benchmarks.paper import charts, protocol
 from benchmarks.paper.comparison import (
     Claim,
     claim,
-    error,
+    errors,
     finding,
     hyper_table,
     results_table,
@@ -47,10 +47,7 @@ def run(options: Options) -> Report:
         for name in names
         for item in _claims(*protocol.paper_case(tasks[name]))
     ]
-    panels = {
-        name: {method: [error(o) for o in results[name, method]] for method in METHODS}
-        for name in names
-    }
+    panels = {name: errors(results, name, METHODS) for name in names}
     figure = charts.intervals(panels, "top-1 error on the test set, %", "Error of all methods")
     text = f"""
 {protocol.described(tasks.values(), protocol.seeds(options, _SEEDS))} Learning rate, weight decay,

@@ -17,7 +17,7 @@ from benchmarks.paper.runs import Spec
 from benchmarks.paper.training import fresh_network, prepared, train_network
 
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100")
-_HYPER: dict[str, dict[str, float]] = {
+HYPER: dict[str, dict[str, float]] = {
     "SAM": {"rho": 0.1},
     "ESAM": {"rho": 0.1, "beta": 0.5, "gamma": 0.5},
     "GSAM": {"rho": 0.1, "alpha": 0.1},
@@ -34,13 +34,13 @@ def run(options: Options) -> Report:
     """Train with every method on the fused and on the eager backend, and compare the weights."""
     (dataset,) = protocol.datasets(options, small=("digits",), full=("cifar10",))
     base = protocol.task(options, dataset)
-    methods = list(_HYPER) if options.size != "quick" else ["SAM", "WSAM", "m-SAM"]
+    methods = list(HYPER) if options.size != "quick" else ["SAM", "WSAM", "m-SAM"]
     found = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for method in tqdm(methods, desc="methods", unit="method", leave=False, disable=None):
-            spec = replace(base.spec(method, **_HYPER[method]), dtype="float64")
+            spec = replace(base.spec(method, **HYPER[method]), dtype="float64")
             found[method] = _compare(spec, options)
     finally:
         torch.set_num_threads(threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.demo_report import table
@@ -85,6 +85,21 @@ def lower_finding(
     return Finding(source, claimed, found, verdict)
 
 
+def errors(results: Results, group: str, methods: Iterable[str]) -> dict[str, list[float]]:
+    """Return the errors of all seeds of some methods in a group."""
+    return {method: [error(outcome) for outcome in results[group, method]] for method in methods}
+
+
+def summary(values: Sequence[float]) -> dict[str, object]:
+    """Return the columns of the CSV file that are the same for whatever was measured."""
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values),
+        "half_width": half_width(values),
+        "seeds": len(values),
+    }
+
+
 def results_table(
     results: Results, published: Mapping[tuple[str, str], str], measure: Measure = error
 ) -> str:
@@ -142,7 +157,6 @@ def rows(results: Results, specs: Mapping[tuple[str, str], Spec]) -> list[dict[s
     found = []
     for (group, method), outcomes in results.items():
         spec = specs[group, method]
-        errors = [error(outcome) for outcome in outcomes]
         found.append(
             {
                 "group": group,
@@ -153,10 +167,7 @@ def rows(results: Results, specs: Mapping[tuple[str, str], Spec]) -> list[dict[s
                 "lr": spec.lr,
                 "weight_decay": spec.weight_decay,
                 "epochs": spec.epochs,
-                "seeds": len(errors),
-                "error_mean": statistics.mean(errors),
-                "error_std": statistics.stdev(errors),
-                "error_half_width": half_width(errors),
+                **summary([error(outcome) for outcome in outcomes]),
                 "train_loss": statistics.mean(outcome.train_loss for outcome in outcomes),
                 "seconds": statistics.mean(outcome.seconds for outcome in outcomes),
             }

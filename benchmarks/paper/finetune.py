@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from benchmarks.demo_report import table
 from benchmarks.paper import charts, protocol
-from benchmarks.paper.comparison import error, lower_finding, rows
+from benchmarks.paper.comparison import errors, lower_finding, rows
 from benchmarks.paper.experiment import Experiment, Finding, Options, Report
 from benchmarks.paper.methods import METHODS as KNOWN
 from benchmarks.paper.pool import Runs
@@ -40,7 +40,7 @@ def run(options: Options) -> Report:
     results = protocol.final_runs(
         {(dataset, method): spec for method, spec in specs.items()}, runs, protocol.seeds(options)
     )
-    errors = {method: [error(o) for o in results[dataset, method]] for method in METHODS}
+    found = errors(results, dataset, METHODS)
     # A run with a learning rate of 0 has the weights that all others start from.
     untouched = replace(specs["SGDM"], lr=0.0, weight_decay=0.0)
     (initial,) = runs.outcomes([untouched], "initial")
@@ -48,7 +48,7 @@ def run(options: Options) -> Report:
     cells += [
         (
             method,
-            mean_and_deviation(errors[method]),
+            mean_and_deviation(found[method]),
             printed(FINETUNED_ERROR[method]),
             ", ".join(f"{name} {value}" for name, value in specs[method].hyper) or "-",
         )
@@ -64,7 +64,7 @@ what each method has of its own are searched for on validation samples.
 {table(("method", "error, %", "the paper's, %", "own"), cells)}
 """
     figure = charts.intervals(
-        {f"{dataset}, {initial.test_error:.2f} % before": errors},
+        {f"{dataset}, {initial.test_error:.2f} % before": found},
         "top-1 error on the test set, %",
         "Three more epochs",
     )
@@ -73,7 +73,7 @@ what each method has of its own are searched for on validation samples.
         rows(results, {(dataset, method): spec for method, spec in specs.items()}),
         figure,
         "errors after three more epochs with each method",
-        _findings(dataset, errors),
+        _findings(dataset, found),
         training=runs.seconds,
         sources=runs.sources,
     )
@@ -102,20 +102,20 @@ def _searched(base: protocol.Task, search: protocol.Search) -> dict[str, Spec]:
     )
 
 
-def _findings(dataset: str, errors: dict[str, list[float]]) -> list[Finding]:
+def _findings(dataset: str, values: dict[str, list[float]]) -> list[Finding]:
     found = [
         lower_finding(
             _SOURCE,
             f"error {method} < SGDM: {printed(FINETUNED_ERROR[method])} against "
             f"{printed(FINETUNED_ERROR['SGDM'])} (DeiT-Base, ImageNet)",
             dataset,
-            errors[method],
-            errors["SGDM"],
+            values[method],
+            values["SGDM"],
         )
         for method in METHODS[1:]
     ]
-    margin = _MARGIN * statistics.mean(errors["SAM"])
-    verdict, interval = alike(errors["WSAM"], errors["SAM"], margin)
+    margin = _MARGIN * statistics.mean(values["SAM"])
+    verdict, interval = alike(values["WSAM"], values["SAM"], margin)
     found.append(
         Finding(
             _SOURCE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from benchmarks.paper import charts, protocol
-from benchmarks.paper.comparison import Claim, error, finding, hyper_table, results_table, rows
+from benchmarks.paper.comparison import Claim, errors, finding, hyper_table, results_table, rows
 from benchmarks.paper.experiment import Experiment, Options, Report
 from benchmarks.paper.pool import Runs
 from benchmarks.paper.published import GEOMETRY_ERROR, printed
@@ -36,12 +36,7 @@ def run(options: Options) -> Report:
         for (geometry, method), outcomes in results.items()
     }
     findings = [finding(item, dataset, across) for item in _claims()]
-    panels = {
-        geometry: {
-            method: [error(outcome) for outcome in results[geometry, method]] for method in METHODS
-        }
-        for geometry in GEOMETRY_ERROR
-    }
+    panels = {geometry: errors(results, geometry, METHODS) for geometry in GEOMETRY_ERROR}
     figure = charts.intervals(
         panels, "top-1 error on the test set, %", f"Geometries of the neighbourhood, {dataset}"
     )

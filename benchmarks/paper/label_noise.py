@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.paper import charts, protocol
 from benchmarks.paper.comparison import (
     Claim,
-    error,
+    errors,
     finding,
     hyper_table,
     results_table,
@@ -44,10 +44,7 @@ def run(options: Options) -> Report:
         for item in _claims(level, share)
     ]
     panels = {
-        f"{level} of the labels drawn anew": {
-            method: [error(outcome) for outcome in results[level, method]] for method in METHODS
-        }
-        for level in levels
+        f"{level} of the labels drawn anew": errors(results, level, METHODS) for level in levels
     }
     figure = charts.intervals(
         panels, "top-1 error on true labels, %", f"Trained on wrong labels, {dataset}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from benchmarks.demo_report import table
 from benchmarks.paper import charts, protocol
-from benchmarks.paper.comparison import error, lower_finding
+from benchmarks.paper.comparison import error, lower_finding, summary
 from benchmarks.paper.data import load
 from benchmarks.paper.experiment import Experiment, Finding, Options, Report
 from benchmarks.paper.pool import Runs
@@ -55,16 +55,7 @@ lambda.
     figure = charts.intervals(
         {dataset: errors}, "top-1 error on the test set, %", "Samples that perturb together"
     )
-    rows = [
-        {
-            "method": name,
-            "error_mean": statistics.mean(values),
-            "error_std": statistics.stdev(values),
-            "error_half_width": half_width(values),
-            "seeds": len(values),
-        }
-        for name, values in errors.items()
-    ]
+    rows = [{"method": name, **summary(values)} for name, values in errors.items()]
     return Report(
         text,
         rows,

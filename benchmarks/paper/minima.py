@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.demo_report import table
 from benchmarks.paper import charts, protocol
-from benchmarks.paper.comparison import lower_finding
+from benchmarks.paper.comparison import lower_finding, summary
 from benchmarks.paper.experiment import Experiment, Finding, Options, Report
 from benchmarks.paper.minimum import SHARPNESS_RHO
 from benchmarks.paper.pool import Runs
 from benchmarks.paper.published import MINIMA
 from benchmarks.paper.runs import Outcome
-from benchmarks.paper.statistics import half_width, mean_and_deviation
+from benchmarks.paper.statistics import mean_and_deviation
 
 METHODS = ("SGDM", "SAM", "WSAM", "RW-SAM")
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100")
@@ -68,14 +67,7 @@ the samples' gradients.
 {table(("method", *_MEASURES, "the paper's loss, error, eigenvalue"), cells)}
 """
     rows = [
-        {
-            "method": method,
-            "measure": name,
-            "mean": statistics.mean(values[name][method]),
-            "std": statistics.stdev(values[name][method]),
-            "half_width": half_width(values[name][method]),
-            "seeds": len(values[name][method]),
-        }
+        {"method": method, "measure": name, **summary(values[name][method])}
         for name in _MEASURES
         for method in METHODS
     ]

@@ -6,7 +6,7 @@ import statistics
 
 from benchmarks.demo_report import table
 from benchmarks.paper import charts, protocol
-from benchmarks.paper.comparison import error
+from benchmarks.paper.comparison import error, summary
 from benchmarks.paper.experiment import (
     AGREES,
     CANNOT_TELL,
@@ -17,7 +17,7 @@ from benchmarks.paper.experiment import (
     Report,
 )
 from benchmarks.paper.pool import Runs
-from benchmarks.paper.statistics import alike, difference, half_width, mean_and_deviation
+from benchmarks.paper.statistics import alike, difference, mean_and_deviation
 
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100")
 _SOURCE = "WSAM, Figure 3"
@@ -61,14 +61,7 @@ not, since the sharpness term is decoupled.
 {table(("gamma", *(f"error on {name}, %" for name in names)), cells)}
 """
     rows = [
-        {
-            "dataset": name,
-            "gamma": gamma,
-            "error_mean": statistics.mean(errors[name][gamma]),
-            "error_std": statistics.stdev(errors[name][gamma]),
-            "error_half_width": half_width(errors[name][gamma]),
-            "seeds": len(errors[name][gamma]),
-        }
+        {"dataset": name, "gamma": gamma, **summary(errors[name][gamma])}
         for name in names
         for gamma in gammas
     ]

@@ -21,7 +21,7 @@ def make_together(changes: Iterable[Change]) -> None:
     Python looks for signals between its own instructions, and here there are none: what raises in a
     signal's handler (KeyboardInterrupt, a time limit) does so before the first change or after the
     last. That holds for changes that are no Python functions, ``functools.partial`` of an operator
-    for instance, and costs nothing.
+    for instance.
 
     Args:
         changes: None of them may fail; what can has to be done before.

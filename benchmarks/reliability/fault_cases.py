@@ -122,6 +122,14 @@ def _everywhere(
 # ---- what was promised -----------------------------------------------------------------------
 
 
+def was_dropped(kind: Kind, seen: Observation) -> bool:
+    """Whether an interrupt came to nothing.
+
+    Python reports one that comes while a generator is closed, and drops it.
+    """
+    return kind == Kind.INTERRUPT and seen.error is None and seen.left is Left.UPDATED
+
+
 def broken(point: Point, kind: Kind, subject: Subject, seen: Observation) -> str | None:
     """Return how an observation breaks the promise of its cell, None if it keeps it."""
     promise = MATRIX[point, kind].promise

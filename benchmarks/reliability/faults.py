@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import RESULTS, ROOT, Row
 from benchmarks.readme import filled
-from benchmarks.reliability.fault_cases import applies, broken, trials
+from benchmarks.reliability.fault_cases import applies, broken, trials, was_dropped
 from benchmarks.reliability.fault_matrix import GAPS, MATRIX, Kind, Point, why_empty
 from benchmarks.reliability.fault_subjects import PEER, PEERS, SUBJECTS, Subject, peer_version
 from benchmarks.reliability.fault_trials import Left, observe
@@ -63,10 +63,8 @@ def count(point: Point, kind: Kind, subjects: Mapping[str, Subject], places: int
             continue
         for trial in trials(point, kind, subject, backend, places):
             seen = observe(subject, backend, trial.fault, trial.prepare)
-            if not trial.happened() or (seen.error is None and seen.left is Left.UPDATED):
-                # An interrupt in a generator's end is lost, as Python says: there was none.
-                if kind == Kind.INTERRUPT:
-                    continue
+            if was_dropped(kind, seen):
+                continue
             found["trials"] += 1
             found[_COUNTS[seen.left]] += 1
             if broken(point, kind, subject, seen) is not None:
@@ -131,9 +129,8 @@ def _line(point: Point, kind: Kind, ours: Row | None, peer: Row | None) -> str:
     if ours is not None:
         good = int(ours["trials"]) - int(ours["broken"]) - int(ours["gaps"])
         kept = f"{good} of {ours['trials']}"
-    return (
-        f"| {point.value} | {kind.value} | {cell.promise.value} | {kept} | {_of_peer(kind, peer)} |"
-    )
+    columns = (point.value, kind.value, cell.promise.value, kept, _of_peer(kind, peer))
+    return f"| {' | '.join(columns)} |"
 
 
 def _of_peer(kind: Kind, row: Row | None) -> str:

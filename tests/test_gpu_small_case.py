@@ -61,13 +61,13 @@ def test_it_notices_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) ->
         reduce(backend, tensors, evaluation, **options)
         tensors.shared.scalars[Slot.METRIC_SQ] *= 9
 
-    def no_update(backend: Any, tensors: Any, *arguments: Any, **options: Any) -> None:
-        perturb(backend, tensors, Point.WEIGHTS)
+    def no_update(backend: Any, tensors: Any, *arguments: Any, **options: Any) -> Any:
+        return lambda: perturb(backend, tensors, Point.WEIGHTS)
 
     name, wrong = {
         "perturbation": ("perturb", no_perturb),
         "norm": ("reduce", wrong_norm),
-        "update": ("update", no_update),
+        "update": ("updating", no_update),
     }[what]
     monkeypatch.setattr(NativeBackend, name, wrong)
     where = {"perturbation": "at the ascent point", "norm": "norms", "update": "step 0, parameter"}

@@ -7,7 +7,7 @@ import torch
 from cases import BASES, FOREIGN_BASES, METHODS, OPTIONS, device_of, parameters, step
 from comparison import run_both
 
-from wsam_fused import engine, gradients
+from wsam_fused import gradients, widening
 from wsam_fused.backends import BACKENDS
 
 LOW = [torch.bfloat16, torch.float16]
@@ -99,7 +99,7 @@ def test_failing_to_widen_gradients_restores_the_weights(
         made.append(gradients.walkable(param, grad, wide))
         return made[-1]
 
-    monkeypatch.setattr(engine, "walkable", widen)
+    monkeypatch.setattr(widening, "walkable", widen)
     with pytest.raises(MemoryError, match="no memory"):
         step(optimizer, params, 1, (dtype, other))
     for param, w in zip(params, before, strict=True):

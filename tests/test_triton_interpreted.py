@@ -389,7 +389,7 @@ def test_one_and_three_evaluations(base: str, evaluations: int) -> None:
             BACKENDS[backend].bind(tensors, evaluation, addresses)
         engine.lists.set_rows([old._replace(**row) for old in engine.lists.primary.rows])
         with torch.no_grad():
-            BACKENDS[backend].update(
+            BACKENDS[backend].updating(
                 tensors,
                 tensors.key.rule,
                 evaluations,
@@ -397,7 +397,7 @@ def test_one_and_three_evaluations(base: str, evaluations: int) -> None:
                 checked=0b1,
                 keep_point=False,
                 count_skipped=True,
-            )
+            )()
         states = [tensor for states in tensors.states for tensor in states]
         # The rule `none` has written h and d over the gradients.
         written.append([*params, *states, *tensors.grads[0], *tensors.grads[1]])

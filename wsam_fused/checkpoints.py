@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,20 @@ def with_missing_keys(
         for now, group in zip(groups, saved, strict=True)
     ]
     return {**state_dict, "param_groups": merged}
+
+
+@contextmanager
+def all_or_nothing(optimizer: MethodOptimizer) -> Iterator[None]:
+    """Let loading a checkpoint change everything, or nothing if it fails."""
+    base = optimizer._base
+    before = {one: dict(vars(one)) for one in (optimizer, base)}
+    try:
+        yield
+    except BaseException:
+        for one, attributes in before.items():
+            vars(one).clear()
+            vars(one).update(attributes)
+        raise
 
 
 def keep_wide_states(

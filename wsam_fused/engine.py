@@ -15,8 +15,8 @@ from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import derived, with_the_perturbation_of
 from wsam_fused.foreign import step_foreign
 from wsam_fused.gathered_weights import GatheredWeights
-from wsam_fused.gradients import Gradients, check_not_overwritten, walkable
-from wsam_fused.plan import GroupRow, Point, Slot, addresses_of
+from wsam_fused.gradients import Gradients, check_not_overwritten
+from wsam_fused.plan import GroupRow, Point, Slot
 from wsam_fused.progress import UpdateProgress
 from wsam_fused.reductions import SLOTS, reduce
 from wsam_fused.row import Row
@@ -24,6 +24,8 @@ from wsam_fused.step_scale import StepScale
 from wsam_fused.storage import follow_storage
 from wsam_fused.tensor_list import TensorList
 from wsam_fused.tensor_lists import TensorLists
+from wsam_fused.uninterrupted import Change, make_together
+from wsam_fused.widening import widen_gradients
 
 _OVERWRITTEN = (
     "the second gradient of a parameter of shape {shape} was written over the first one, into "
@@ -114,16 +116,16 @@ class StepEngine:
             self._has_gradients = any(grad is not None for grad in grads)
             if not self._has_gradients and self.lists.over_ranks is None:
                 raise self._no_gradient()
+            if any(gradients.moved for _, gradients in taken):
+                _give_back(taken)
+                return False
+            self.known, self.knows_dot = set(), False
+            for tensors, gradients in taken:
+                tensors.grad_dtype = gradients.dtype
+                self._bind(tensors, 0, gradients)
         except BaseException:
             _give_back(taken)
             raise
-        if any(gradients.moved for _, gradients in taken):
-            _give_back(taken)
-            return False
-        self.known, self.knows_dot = set(), False
-        for tensors, gradients in taken:
-            tensors.grad_dtype = gradients.dtype
-            self._bind(tensors, 0, gradients)
         self.read = 1
         return True
 
@@ -159,7 +161,7 @@ class StepEngine:
             self.follow_storage(tensors, same_layout=True)
         self._bind(tensors, self.read, gradients)
         if gradients.dtype != tensors.grad_dtype:
-            self.widen_gradients(tensors)
+            widen_gradients(tensors)
 
     def _bind(self, tensors: TensorList, evaluation: int, gradients: Gradients) -> None:
         tensors.grads[evaluation] = gradients.tensors
@@ -170,19 +172,6 @@ class StepEngine:
         """Whether h or a copy of w take the memory of g1."""
         key = tensors.key
         return key.rule == BaseRule.NONE or (key.has_backup and self._reuse_first_gradient)
-
-    def widen_gradients(self, tensors: TensorList) -> None:
-        """Give gradients of several evaluations that came in several dtypes that of parameters."""
-        dtype = tensors.key.dtype
-        wide = []  # all that can fail comes before anything changes
-        for grads in tensors.grads[: len(tensors.addresses)]:
-            pairs = zip(tensors.params, grads, strict=True)
-            same = [walkable(param, grad, dtype) for param, grad in pairs]
-            wide.append((same, addresses_of(same)))
-        tensors.grad_dtype = dtype
-        for evaluation, (grads, addresses) in enumerate(wide):
-            tensors.grads[evaluation] = grads
-            BACKENDS[tensors.key.backend].bind(tensors, evaluation, addresses)
 
     def all_known_are_finite(self) -> Tensor:
         """Whether the norms that are known are finite, a scalar on the device.
@@ -220,7 +209,8 @@ class StepEngine:
         :meth:`_tell_autograd`.
         """
         leaves = self.at == Point.WEIGHTS
-        self.at = target  # should it fail half-way, some are there
+        if target != Point.WEIGHTS:
+            self.at = target  # should it fail half-way, some are there
         for tensors, backend in self.lists:
             if tensors.key.has_backup or target == Point.PROBE:
                 if leaves:
@@ -232,15 +222,27 @@ class StepEngine:
         if target == Point.WEIGHTS:
             for tensors in self.lists.lists:
                 tensors.drop_backups()
+            self.at = target
         self._forget_copies()
 
     def return_to_weights(self) -> None:
         """Move the parameters back to w, wherever their memory is by now."""
+        self._follow_moved()
+        self._move_back()
+
+    def _follow_moved(self) -> None:
         for tensors, _ in self.lists:
             if tensors.reader.moved():
                 self.follow_storage(tensors, same_layout=False)
+
+    def _move_back(self) -> None:
+        """Move the parameters back to w; it goes on where it was if it was broken off."""
         self._tell_autograd()
-        self.move_to(Point.WEIGHTS)
+        try:
+            self.move_to(Point.WEIGHTS)
+        except KeyboardInterrupt:  # a second one, while the first was dealt with
+            self.move_to(Point.WEIGHTS)
+            raise
 
     def _tell_autograd(self) -> None:
         """Let autograd know that what it saved of the parameters is about to be outdated."""
@@ -270,6 +272,7 @@ class StepEngine:
         *,
         required: int,
         keep_point: bool = False,
+        counts: Sequence[Change] = (),
     ) -> None:
         """Restore w and update it with the gradients that have been read.
 
@@ -279,15 +282,20 @@ class StepEngine:
             method: The method's rows, one per group.
             required: Bit k: a parameter that has no gradient k + 1 is not updated.
             keep_point: Start from where the parameters are and not from w.
+            counts: Count the step.
         """
         if not self.progress.has_coefficients:
             rows = self.begin_update(rows, rates)
         self.derive(rows, method)
-        for tensors, _ in self.lists:
-            self.update_list(tensors, required=required, keep_point=keep_point)
-        self.at = Point.WEIGHTS
-        if self.foreign is not None:
-            step_foreign(self, self.foreign, rows, rates, required)
+        updates = [
+            self.updating(tensors, required=required, keep_point=keep_point)
+            for tensors, _ in self.lists
+        ]
+        if self.foreign is None:
+            make_together([*updates, *counts])
+        else:
+            make_together(updates)
+            step_foreign(self, self.foreign, rows, rates, required, counts)
         self.finish()
 
     def begin_update(self, rows: list[GroupRow], rates: list[Tensor | None]) -> list[GroupRow]:
@@ -329,10 +337,11 @@ class StepEngine:
         for shared in self.lists.shared.values():
             shared.set_learning_rates(rates)
 
-    def update_list(self, tensors: TensorList, *, required: int, keep_point: bool) -> None:
-        """Restore and update one list with the gradients that it has; see :meth:`update`."""
+    def updating(self, tensors: TensorList, *, required: int, keep_point: bool) -> Change:
+        """Return what restores and updates one list with the gradients that it has."""
         counts = tensors.shared is self.lists.primary and not self.progress.has_counted
-        BACKENDS[tensors.key.backend].update(
+        self.progress.has_counted |= counts
+        return BACKENDS[tensors.key.backend].updating(
             tensors,
             tensors.key.rule,
             len(tensors.addresses),
@@ -341,20 +350,26 @@ class StepEngine:
             keep_point=keep_point,
             count_skipped=counts,
         )
-        self.progress.has_counted |= counts
 
     # ---- the end -----------------------------------------------------------------------------
 
     def abandon(self) -> None:
-        """Put the weights back if they are somewhere else, and forget the step."""
+        """Put the weights back if they are somewhere else, and forget the step.
+
+        If that fails (there is no memory for it, say), the step stays pending for another try.
+        """
         failed = self.pending
+        moves = False
         try:
             if self.at != Point.WEIGHTS:
-                self.return_to_weights()
+                self._follow_moved()
+                moves = True
+                self._move_back()
         finally:
-            self.finish()
-            if failed:
-                self._gathered.forget_failed()
+            if not moves or self.at == Point.WEIGHTS:
+                self.finish()
+                if failed:
+                    self._gathered.forget_failed()
 
     def finish(self) -> None:
         """Forget the gradients and the copies of a step."""

@@ -15,6 +15,7 @@ from wsam_fused.base_rules import BaseRule
 from wsam_fused.distributed import like
 from wsam_fused.plan import GroupRow
 from wsam_fused.tensor_list import TensorList
+from wsam_fused.uninterrupted import Change, interrupts_deferred, make_together
 
 if TYPE_CHECKING:
     from wsam_fused.engine import StepEngine
@@ -49,6 +50,7 @@ def step_foreign(
     rows: list[GroupRow],
     rates: list[Tensor | None],
     required: int,
+    counts: Sequence[Change],
 ) -> None:
     """Step a base optimizer with h, then subtract lr * d; the rule `none` left h and d.
 
@@ -58,6 +60,7 @@ def step_foreign(
         rows: One per group.
         rates: Learning rates that only a device knows.
         required: Bit k: a parameter that has no gradient k + 1 is not updated.
+        counts: Count the step.
     """
     params = [param for tensors in engine.lists.lists for param in tensors.owners]
     h = [
@@ -68,17 +71,32 @@ def step_foreign(
     with gradients_for_step(params, h):
         # The one place that waits for the device: a foreign step cannot be skipped on it.
         if not bool(engine.all_known_are_finite()):
+            make_together(counts)
             return
-        foreign.step()
+        with interrupts_deferred():  # its loops are Python
+            foreign.step()
+            _subtract(engine, rows, rates, required, counts)
+
+
+def _subtract(
+    engine: StepEngine,
+    rows: list[GroupRow],
+    rates: list[Tensor | None],
+    required: int,
+    counts: Sequence[Change],
+) -> None:
+    """Subtract lr * d and count the step."""
     if not any(any(row.d) for row in rows):
+        make_together(counts)
         return
     plain = {"sign": 1.0, "h1": 0.0, "h2": 1.0, "h3": 0.0, "d1": 0.0, "d2": 0.0, "d3": 0.0}
     engine.set_rows([row._replace(**plain, max_norm=-1.0) for row in rows], rates)
     with engine.scale.taken_out():
+        changes = []
         for tensors in engine.lists.lists:
             if tensors.reader.moved():  # some optimizers rebind `.data`
                 engine.follow_storage(tensors, same_layout=True)
-            BACKENDS[tensors.key.backend].update(
+            subtract = BACKENDS[tensors.key.backend].updating(
                 tensors,
                 BaseRule.SGD,
                 engine.read,
@@ -87,6 +105,8 @@ def step_foreign(
                 keep_point=False,
                 count_skipped=False,
             )
+            changes.append(subtract)
+        make_together([*changes, *counts])
 
 
 def _first_of(tensors: TensorList, index: int) -> Tensor | None:

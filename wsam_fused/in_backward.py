@@ -146,9 +146,8 @@ class InBackwardUpdate:
             rates = [device_learning_rate(group) for group in optimizer.param_groups]
             engine.begin_update(optimizer._rows(optimizer._method_rows()), rates)
         engine.read_list(tensors)
-        engine.update_list(
-            tensors, required=optimizer.required, keep_point=optimizer._keeps_point()
-        )
+        keep_point = optimizer._keeps_point()
+        engine.updating(tensors, required=optimizer.required, keep_point=keep_point)()
         for each in tensors.owners:
             each.grad = None
         tensors.release()

@@ -18,6 +18,7 @@ from wsam_fused.gradients import check_not_overwritten, walkable
 from wsam_fused.plan import GroupRow, Slot, addresses_of
 from wsam_fused.row import BASE_ROW, Row
 from wsam_fused.tensor_list import TensorList
+from wsam_fused.widening import widen_gradients
 
 if TYPE_CHECKING:
     from wsam_fused.optimizer import SharpnessAwareOptimizer
@@ -131,7 +132,7 @@ def combine(
     for tensors, backend in engine.lists:
         if total:
             _bind_sums(engine, tensors, total)
-        backend.update(
+        backend.updating(
             tensors,
             BaseRule.NONE,
             3 if total else engine.read,
@@ -139,7 +140,7 @@ def combine(
             checked=0,  # what is not finite makes the sum so
             keep_point=False,
             count_skipped=False,
-        )
+        )()
         for i, (param, h) in enumerate(zip(tensors.owners, tensors.grads[0], strict=True)):
             if h is not None and tensors.has_gradients(i, required):
                 result[param] = h
@@ -158,5 +159,5 @@ def _bind_sums(engine: StepEngine, tensors: TensorList, total: Mapping[Tensor, T
         for param, sum_ in zip(tensors.params, sums, strict=True)
     ]
     if tensors.grad_dtype != tensors.key.dtype:
-        engine.widen_gradients(tensors)
+        widen_gradients(tensors)
     BACKENDS[tensors.key.backend].bind(tensors, 2, addresses_of(tensors.grads[2]))

@@ -254,9 +254,10 @@ class MethodOptimizer(Optimizer):
             self._base.load_state_dict({**state_dict, "state": dict(state_dict["state"])})
             self.__setstate__({"state": self._base.state, "param_groups": self._base.param_groups})
             return
-        super().load_state_dict(state_dict)
-        if self._rule_class is not None:
-            checkpoints.keep_wide_states(self, state_dict, self._precision)
+        with checkpoints.all_or_nothing(self):
+            super().load_state_dict(state_dict)
+            if self._rule_class is not None:
+                checkpoints.keep_wide_states(self, state_dict, self._precision)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("pickling or copying the optimizer")

@@ -38,5 +38,6 @@ class FrozenBatchNorm:
     def restore(self) -> None:
         """Put the remembered statistics back, if there are any."""
         if self._saved:
-            saved, self._saved = self._saved, []
+            saved = self._saved
             torch._foreach_copy_([buffer for buffer, _ in saved], [copy for _, copy in saved])
+            self._saved = []  # not before: it may be interrupted

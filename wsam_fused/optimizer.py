@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -110,7 +110,7 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
             self._take_scaler(scaler)
             engine = self._begin(take=zero_grad, copy=not zero_grad and not plain)
         except BaseException:
-            self._replay.forget()
+            self.restore()
             raise
         try:
             engine.reduce(0)
@@ -274,8 +274,10 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
         """Put the weights back if they are perturbed and forget the step; else do nothing."""
         self._replay.forget()
         if self._engine is not None:
-            self._batch_norm.restore()
-            self._engine.abandon()
+            try:
+                self._batch_norm.restore()
+            finally:
+                self._engine.abandon()
 
     # ---- parts of a step, for the methods that order them otherwise --------------------------
 
@@ -338,7 +340,10 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
         try:
             rates = [device_learning_rate(group) for group in self.param_groups]
             rows = self._rows(method)
-            engine.update(rows, rates, method, required=required, keep_point=self._keeps_point())
+            steps = self._steps() + 1
+            counts = [partial(group.__setitem__, STEP, steps) for group in self.param_groups]
+            place = self._keeps_point()
+            engine.update(rows, rates, method, required=required, keep_point=place, counts=counts)
         except BaseException:
             engine.abandon()
             raise
@@ -347,9 +352,6 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
         self.last.begin(engine)
         self._leftovers.note(self)
         self._opt_called = True  # lr_scheduler looks for it
-        steps = self._steps() + 1
-        for group in self.param_groups:
-            group[STEP] = steps
 
     def _keeps_point(self) -> bool:
         """Whether the update starts from where the last evaluation was."""

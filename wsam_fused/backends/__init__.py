@@ -1,6 +1,6 @@
 """The backends and the only place that chooses one.
 
-A backend is a module with the operations ``reduce``, ``perturb`` and ``update`` (and ``bind`` and
+A backend is a module with the operations ``reduce``, ``perturb`` and ``updating`` (and ``bind`` and
 ``refresh``, which take over addresses), all with the signatures of :class:`Backend`.
 """
 
@@ -15,10 +15,11 @@ from wsam_fused.backends import eager, native, triton
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.plan import Point
 from wsam_fused.tensor_list import TensorList
+from wsam_fused.uninterrupted import Change
 
 
 class Backend(Protocol):
-    """The operations of a backend; all write in place and return nothing.
+    """The operations of a backend; all write in place, an update when what it returns is called.
 
     Attributes:
         DEVICE_TYPES: Where parameters may be; empty for anywhere.
@@ -57,7 +58,7 @@ class Backend(Protocol):
     def perturb(self, tensors: TensorList, target: Point) -> None:
         """Move the parameters from where they are to another point."""
 
-    def update(
+    def updating(
         self,
         tensors: TensorList,
         rule: BaseRule,
@@ -67,8 +68,11 @@ class Backend(Protocol):
         checked: int,
         keep_point: bool,
         count_skipped: bool,
-    ) -> None:
-        """Restore w, step the base rule and subtract the decoupled term.
+    ) -> Change:
+        """Return what restores w, steps the base rule and subtracts the decoupled term.
+
+        All that can fail is done here, so that several lists are updated or none. Nothing may
+        change in between.
 
         Args:
             tensors: The parameters.

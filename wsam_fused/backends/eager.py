@@ -7,6 +7,8 @@ of the parameter. Nothing waits for the device: conditions are tensors.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from wsam_fused.base_rules import BaseRule
 from wsam_fused.coefficients import clip_factor
 from wsam_fused.plan import Geometry, GroupRow, Point, Slot
 from wsam_fused.tensor_list import TensorList
+from wsam_fused.uninterrupted import Change
 
 DEVICE_TYPES: tuple[str, ...] = ()
 DTYPES: tuple[torch.dtype, ...] = ()
@@ -83,7 +86,7 @@ def perturb(tensors: TensorList, target: Point) -> None:
         _write([*writes, (at, torch.where(can_move, float(target), at))])
 
 
-def update(
+def updating(
     tensors: TensorList,
     rule: BaseRule,
     evaluations: int,
@@ -92,16 +95,21 @@ def update(
     checked: int,
     keep_point: bool,
     count_skipped: bool,
-) -> None:
-    """Restore w, step the base rule and subtract the decoupled term."""
+) -> Change:
+    """Restore w, step the base rule and subtract the decoupled term.
+
+    Returns:
+        The one call that writes all new values, which have been formed.
+    """
     scalars = tensors.shared.scalars
     finite = _all_finite(scalars, checked)
+    writes: list[tuple[Tensor, Tensor]] = []
     for i, param in enumerate(tensors.params):
         at = _at(tensors)[i]
         w = _weights(tensors, i)
-        writes = [(at, torch.zeros_like(at))]
+        writes.append((at, torch.zeros_like(at)))
         if not tensors.has_gradients(i, required):
-            _write([(param, w.to(param.dtype)), *writes])
+            writes.append((param, w.to(param.dtype)))
             continue
         group = tensors.groups[i]
         row = tensors.shared.rows[group]
@@ -130,9 +138,11 @@ def update(
         for operand, (target, old, value) in enumerate(pairs):
             rounded = _rounded(tensors, i, value, target.dtype, operand if rounds else None)
             writes.append((target, torch.where(finite, rounded, old)))
-        _write(writes)
     if count_skipped:
-        scalars[Slot.SKIPPED] += 1.0 - finite.to(scalars.dtype)
+        skipped = scalars[Slot.SKIPPED]
+        writes.append((skipped, skipped + 1.0 - finite.to(scalars.dtype)))
+    places = [place for place, _ in writes]
+    return partial(torch._foreach_copy_, places, [value for _, value in writes])
 
 
 def _base_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from wsam_fused.backends.pointers import GRADIENT_ROWS, table_of
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.plan import Point
 from wsam_fused.tensor_list import TensorList
+from wsam_fused.uninterrupted import Change
 
 # Elements per chunk on a CPU: five streams of a chunk stay inside a second-level cache, and a
 # thread's share of a list is balanced to one of them.
@@ -104,7 +106,7 @@ class NativeBackend:
             target,
         )
 
-    def update(
+    def updating(
         self,
         tensors: TensorList,
         rule: BaseRule,
@@ -114,10 +116,11 @@ class NativeBackend:
         checked: int,
         keep_point: bool,
         count_skipped: bool,
-    ) -> None:
-        """Restore w, step the base rule and subtract the decoupled term."""
+    ) -> Change:
+        """Return what restores w, steps the base rule and subtracts the decoupled term."""
         table = table_of(tensors)
-        self._operations.update_.default(
+        return partial(
+            self._operations.update_.default._op,  # the operator itself is a Python function
             table.table,
             table.chunks,
             table.chunk_size,

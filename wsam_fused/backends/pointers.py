@@ -27,13 +27,13 @@ def bind(
     if tensors.table is None:
         sizes = list(map(Tensor.numel, tensors.params))
         size = chunk_size(sum(sizes))
-        tensors.table = table = PointerTable(
-            sizes, tensors.groups, tensors.keys, size, tensors.key.device
-        )
+        table = PointerTable(sizes, tensors.groups, tensors.keys, size, tensors.key.device)
         table.set_tensors(TableRow.PARAM, tensors.params)
         for row, states in zip(_STATE_ROWS, tensors.states, strict=False):
             table.set_tensors(row, states)
-        bind_backups(tensors)  # weights in float32 stay where they are
+        if tensors.backups is not None:  # weights in float32, which stay where they are
+            table.set_row(TableRow.BACKUP, tensors.backups.addresses)
+        tensors.table = table  # not before it is whole: it may be interrupted
     tensors.table.set_row(GRADIENT_ROWS[evaluation], addresses)
 
 

@@ -20,6 +20,7 @@ from wsam_fused.backends.pointers import GRADIENT_ROWS, table_of
 from wsam_fused.base_rules import BaseRule
 from wsam_fused.plan import Point
 from wsam_fused.tensor_list import TensorList
+from wsam_fused.uninterrupted import Change
 
 OLDEST_TRITON = (3, 6)
 
@@ -70,7 +71,7 @@ class TritonBackend:
             programs = self.programs(tensors, kernel.PROGRAMS_PER_PROCESSOR)
             kernel.launch(tensors, programs, target)
 
-    def update(
+    def updating(
         self,
         tensors: TensorList,
         rule: BaseRule,
@@ -80,21 +81,29 @@ class TritonBackend:
         checked: int,
         keep_point: bool,
         count_skipped: bool,
-    ) -> None:
-        """Restore w, step the base rule and subtract the decoupled term."""
+    ) -> Change:
+        """Return what restores w, steps the base rule and subtracts the decoupled term.
+
+        Triton launches kernels from Python, where signals may come in between.
+        """
         kernel = _module("update")
-        with self.on_device(tensors.key.device):
-            per_processor = kernel.programs_per_processor(tensors.key.dtype, rule)
-            kernel.launch(
-                tensors,
-                self.programs(tensors, per_processor),
-                rule,
-                evaluations,
-                required=required,
-                checked=checked,
-                keep_point=keep_point,
-                count_skipped=count_skipped,
-            )
+        per_processor = kernel.programs_per_processor(tensors.key.dtype, rule)
+        programs = self.programs(tensors, per_processor)
+
+        def update() -> None:
+            with self.on_device(tensors.key.device):
+                kernel.launch(
+                    tensors,
+                    programs,
+                    rule,
+                    evaluations,
+                    required=required,
+                    checked=checked,
+                    keep_point=keep_point,
+                    count_skipped=count_skipped,
+                )
+
+        return update
 
     def on_device(self, device: torch.device) -> AbstractContextManager[object]:
         """Make ``device`` the one that kernels are launched on."""

@@ -189,7 +189,7 @@ def test_the_second_of_two_groups_is_checked_too() -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][1]["alpha"] = -1.0
     before = bits(everything(optimizer))
-    with pytest.raises(ValueError, match="alpha is -1.0, expected a number >= 0"):
+    with pytest.raises(ValueError, match=r"alpha is -1.0, expected a number >= 0"):
         optimizer.load_state_dict(saved)
     assert bits(everything(optimizer)) == before
     saved["param_groups"][1].update(alpha=0.5, params=[1, 2])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import cache
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,18 @@ def _layout_problem(name: str, found: list[int]) -> str | None:
 
 def _load_reader() -> Callable[..., list[Any] | None] | None:
     """Return the function that reads gradients, or None where it is not built."""
-    if UNAVAILABLE is not None:
+    file = _library("_C")
+    if UNAVAILABLE is not None or file is None:
         return None
+    # From that very file: an import would take another build beside it, and look elsewhere too.
+    name = f"{__package__}._C"
+    spec = importlib.util.spec_from_loader(name, ExtensionFileLoader(name, str(file)))
+    assert spec is not None and spec.loader is not None
     try:
-        module = importlib.import_module("wsam_fused._C")
+        module = importlib.util.module_from_spec(spec)
     except ImportError:  # built where Python's headers were missing
         return None
+    spec.loader.exec_module(module)
     reader: Callable[..., list[Any] | None] = module.read_gradients
     return reader
 

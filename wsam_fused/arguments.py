@@ -39,7 +39,11 @@ def number(
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         raise ValueError(f"{name} is a tensor of {value.numel()} elements, expected one element")
     try:
+        if _is_no_number(value):
+            raise TypeError
         result = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        result = math.inf
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}, expected a number {allowed}") from None
     inside = low <= result <= high
@@ -47,6 +51,20 @@ def number(
     if not math.isfinite(result) or not inside:
         raise ValueError(f"{name} is {result!r}, expected a number {allowed}")
     return result
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether ``float`` reads a number from text, or fails with an error of its own."""
+    if isinstance(value, torch.Tensor):
+        return value.is_complex() or value.is_meta
+    return isinstance(value, str | bytes | bytearray)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False, or 1 or 0; TypeError otherwise."""
+    if not (isinstance(value, int) and value in (0, 1)):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
 
 
 def host_number(name: str, value: Any) -> float:

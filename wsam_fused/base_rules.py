@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wsam_fused.arguments import host_number
+from wsam_fused.arguments import flag, host_number, number
 
 
 class BaseRule(IntEnum):
@@ -69,6 +69,30 @@ def rule_of(base_class: type, group: Mapping[str, Any]) -> BaseRule:
     if base_class in (torch.optim.Adam, torch.optim.AdamW):
         return BaseRule.AMSGRAD if group["amsgrad"] else BaseRule.ADAM
     return BaseRule.NONE
+
+
+def check_base(base_class: type, group: Mapping[str, Any]) -> None:
+    """Validate what our update reads of a group of ``base_class``, which has a fused update.
+
+    ``lr``, ``weight_decay`` and ``momentum`` are checked with those of any other optimizer.
+
+    Raises:
+        TypeError: A value is of another type.
+        ValueError: It is out of range.
+    """
+    if base_class is torch.optim.SGD:
+        flags: tuple[str, ...] = ("nesterov", "maximize")
+        number("dampening", group["dampening"], -math.inf)
+    else:
+        flags = ("amsgrad", "maximize", "decoupled_weight_decay")
+        betas = group["betas"]
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise ValueError(f"betas is {betas!r}, expected two numbers in [0, 1)")
+        for beta in betas:
+            number("betas", beta, 0.0, 1.0, high_included=False)
+        number("eps", group["eps"], 0.0)
+    for name in flags:
+        flag(name, group[name])
 
 
 def device_learning_rate(group: Mapping[str, Any]) -> Tensor | None:

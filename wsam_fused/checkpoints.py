@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+=======
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+>>>>>>> security
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,13 +46,29 @@ def without_unused_buffers(
             packed["state"][position] = {**entry, "momentum_buffer": None}
 
 
+def with_plain_numbers(packed: dict[str, Any]) -> dict[str, Any]:
+    """Replace numbers of other libraries in the groups of a checkpoint by Python's own.
+
+    ``torch.load`` with ``weights_only=True`` refuses the ``numpy.float64`` that a user or a
+    scheduler has computed.
+    """
+    groups = [{key: _plain(value) for key, value in g.items()} for g in packed["param_groups"]]
+    return {**packed, "param_groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    if type(value) is bool or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def with_missing_keys(
     state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Give the groups of a checkpoint the values that they lack, from ``groups``."""
     saved = state_dict["param_groups"]
-    if len(saved) != len(groups):
-        return state_dict  # torch refuses it
     merged = [
         {**{k: v for k, v in now.items() if k != "params"}, **group}
         for now, group in zip(groups, saved, strict=True)

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from wsam_fused import backends, checkpoints
 from wsam_fused.arguments import choice, number, whole_number
-from wsam_fused.base_rules import BaseRule, rule_of
+from wsam_fused.base_rules import BaseRule, check_base, rule_of
 from wsam_fused.bases import BaseOptimizer, resolve
-from wsam_fused.checkpoint_checks import check_fits, check_states
+from wsam_fused.checkpoint_checks import check_fits, check_group_values, check_states
+from wsam_fused.checkpoint_form import check_form
 from wsam_fused.distributed import check_distributed, local_of
 from wsam_fused.engine import StepEngine
 from wsam_fused.gathered_weights import GatheredWeights
@@ -200,6 +201,8 @@ class MethodOptimizer(Optimizer):
     def _check_values(self, group: dict[str, Any]) -> None:
         self._check_own(self._method_keys.values(group))
         check_values(group)
+        if self._rule_class is not None:
+            check_base(self._rule_class, group)
 
     # ---- what can be asked -------------------------------------------------------------------
 
@@ -228,8 +231,8 @@ class MethodOptimizer(Optimizer):
         """
         self._require_idle("state_dict()")
         if is_zero_redundancy(self._base):  # its state is on all ranks; consolidate_state_dict()
-            return self._base.state_dict()
-        packed = super().state_dict()
+            return checkpoints.with_plain_numbers(self._base.state_dict())
+        packed = checkpoints.with_plain_numbers(super().state_dict())
         if self._rule_class is not None:
             checkpoints.without_unused_buffers(packed, self.param_groups, self._step_counts())
         return packed
@@ -242,12 +245,16 @@ class MethodOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The weights are perturbed.
-            ValueError: It is of another method or base optimizer, or groups, shapes or dtypes do
-                not match; nothing has changed then.
+            TypeError: It has not the form of a checkpoint, or a value is of another type.
+            ValueError: It is of another method or base optimizer, groups, shapes or dtypes do not
+                match, or a value is out of range. Nothing has changed if it is refused.
         """
         self._require_idle("load_state_dict()")
+        foreign = self._rule_class is None
+        check_form(state_dict, groups=len(self.param_groups), takes_others=foreign)
         check_fits(state_dict, self, self._base)
         state_dict = checkpoints.with_missing_keys(state_dict, self.param_groups)
+        check_group_values(state_dict["param_groups"], self._check_values)
         if self._rule_class is not None:
             check_states(state_dict, self.param_groups, partial(rule_of, self._rule_class))
         if is_zero_redundancy(self._base):

@@ -48,16 +48,25 @@ def check_separate(params: Iterable[Tensor]) -> None:
     Raises:
         ValueError: Two have.
     """
-    blocks = [(str(p.device), p.data_ptr(), p) for p in params if p.numel() and is_dense(p)]
+    found = sharing_memory(params)
+    if found is not None:
+        param, other = found
+        raise ValueError(
+            f"params has parameters of shapes {tuple(param.shape)} and {tuple(other.shape)} "
+            "that share memory; expected each in memory of its own. To tie weights, use one "
+            "Parameter in both places"
+        )
+
+
+def sharing_memory(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Return two dense tensors that have the same memory, if there are any."""
+    blocks = [(str(t.device), t.data_ptr(), t) for t in tensors if t.numel() and is_dense(t)]
     blocks.sort(key=lambda block: block[:2])
-    for (device, start, param), (other_device, other_start, other) in pairwise(blocks):
-        end = start + param.numel() * param.element_size()
+    for (device, start, tensor), (other_device, other_start, other) in pairwise(blocks):
+        end = start + tensor.numel() * tensor.element_size()
         if start and device == other_device and other_start < end:
-            raise ValueError(
-                f"params has parameters of shapes {tuple(param.shape)} and {tuple(other.shape)} "
-                "that share memory; expected each in memory of its own. To tie weights, use one "
-                "Parameter in both places"
-            )
+            return tensor, other
+    return None
 
 
 def _overlaps_itself(param: Tensor) -> bool:

@@ -27,6 +27,28 @@ _PRELOADED = [
 Case = Callable[[], Any]
 
 
+def _context() -> multiprocessing.context.ForkServerContext:
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    return multiprocessing.get_context("forkserver")
+
+
+def run_apart(function: Callable[[], None], timeout: float = 120.0) -> None:
+    """Call ``function``, importable by name, in a process of its own, which has to succeed.
+
+    Args:
+        function: What it does; an exception is a failure.
+        timeout: Seconds until the process is killed, which is a failure.
+    """
+    process = _context().Process(target=function)
+    process.start()
+    process.join(timeout)
+    late = process.is_alive()
+    process.kill()
+    process.join()
+    assert not late, f"{function.__name__} had not ended after {timeout} s"
+    assert process.exitcode == 0, "it failed; its error is in the captured output"
+
+
 def run_ranks(
     function: Callable[..., Any],
     ranks: int,
@@ -50,8 +72,7 @@ def run_ranks(
     Returns:
         What the ranks returned; None for those that die.
     """
-    multiprocessing.set_forkserver_preload(_PRELOADED)
-    context = multiprocessing.get_context("forkserver")
+    context = _context()
     with tempfile.TemporaryDirectory() as folder:
         common = (function, ranks, args, folder, group_timeout, ends_together and not dying)
         processes = [context.Process(target=_rank, args=(rank, *common)) for rank in range(ranks)]

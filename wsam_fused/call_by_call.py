@@ -39,6 +39,13 @@ class StepsCallByCall(MethodOptimizer):
         self._require_calls("same_randomness()")
         return self._replay.evaluation(self._read_so_far(), self._params())
 
+    def _undo_step(self) -> None:
+        """Do what ``restore()`` does, in any thread: autograd has threads of its own."""
+        self._replay.forget()
+        if self._engine is not None:
+            self._batch_norm.restore()
+            self._engine.abandon()
+
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 

@@ -132,7 +132,8 @@ class StepEngine:
     def _no_gradient(self) -> RuntimeError:
         count = sum(len(tensors.params) for tensors in self.lists.lists)
         return RuntimeError(
-            f"none of the {count} parameters has a gradient; call backward() before"
+            f"none of the {count} parameters has a gradient; call backward() before. If the model "
+            "has others by now, as after load_state_dict(assign=True), it needs a new optimizer"
         )
 
     def read_next(self, *, take: bool = False, copy: bool = False) -> None:

@@ -118,7 +118,7 @@ class InBackwardUpdate:
             try:
                 self._note(optimizer, engine, tensors, param)
             except BaseException:
-                optimizer.restore()
+                optimizer._undo_step()
                 raise
 
     def _note(

@@ -8,7 +8,6 @@ micro-batches are accumulated for an optimizer that evaluates once.
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,11 @@ _LOST = (
 )
 
 
+# Attribute of a gradient that a step has left. A weak reference would be an obstacle for
+# torch.utils.swap_tensors(), by which a module may exchange its parameters.
+_LEFT_BY = "_wsam_fused_left_by"
+
+
 class _First(NamedTuple):
     """A parameter with a gradient, which stands for all: what accumulates does so everywhere."""
 
@@ -36,23 +40,23 @@ class LeftoverGradients:
     """Knows which gradients the last step left; warns once of others that are lost."""
 
     def __init__(self) -> None:
-        self._left: weakref.ref[Tensor] | None = None  # what the last step left, whatever is in it
         self._marker: _First | None = None
         self._done = False
 
     def note(self, optimizer: Optimizer) -> None:
         """Remember what is there at the end of a step."""
         first = _first(optimizer)
-        self._left = None if first is None else weakref.ref(first.grad)
+        if first is not None:
+            setattr(first.grad, _LEFT_BY, id(self))  # whatever is in it
         self._marker = None
 
     def clear(self, optimizer: Optimizer) -> None:
         """Clear the gradients, but for a zero where a closure that accumulates will add to it."""
         first = _first(optimizer)
-        left = None if self._left is None else self._left()
-        unknown = first is not None and first.grad is not left and not self._done
         optimizer.zero_grad()
-        if first is not None and unknown:
+        if first is None or self._done:
+            return
+        if getattr(first.grad, _LEFT_BY, None) != id(self):
             marker = torch.zeros_like(first.grad)
             first.param.grad = marker
             self._marker = _First(first.param, marker)

@@ -2,6 +2,10 @@
 #              METHOD="GSAM ESAM" shows these in place of WSAM
 # make test    run the tests
 # make parity  run the tests that compare methods and write what they find into docs/methods.md
+# make sanitize  test the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and
+#              ThreadSanitizer (GCC's; no GPU is needed)
+# make coverage  lines of csrc/ that the tests of the kernels reach, then lines and branches of
+#              wsam_fused/ that the whole suite reaches; PART=csrc or PART=python for one of them
 # make bench   measure against the other implementations (on a GPU: benchmarks/gpu_report.sh)
 # make wheel   build a wheel and a source distribution into dist/ (README.md: Install)
 # make lint    check formatting, style and types        make format  apply the formatting
@@ -17,7 +21,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.
 PARITY_TESTS := $(addprefix tests/test_,golden.py update.py per_sample.py microbatches.py \
 	triton_interpreted.py)
 
-.PHONY: demo test parity bench wheel lint format environment clean
+.PHONY: demo test parity sanitize coverage bench wheel lint format environment clean
 
 demo: environment
 	$(RUN) -m benchmarks.demo $(if $(METHOD),--method $(METHOD))
@@ -28,6 +32,12 @@ test: environment
 parity: environment
 	$(RUN) -m pytest -q --differences build/differences.json $(PARITY_TESTS)
 	$(RUN) -m benchmarks.parity build/differences.json
+
+sanitize: environment
+	. $(STAMP) && .ci/sanitize "$$ENVIRONMENT_PYTHON"
+
+coverage: environment
+	. $(STAMP) && .ci/coverage "$$ENVIRONMENT_PYTHON" $(PART)
 
 bench: environment
 	$(RUN) -m benchmarks.bench_step

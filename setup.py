@@ -9,11 +9,13 @@ Environment:
     WSAM_FUSED_CUDA=0           leave the CUDA kernels out; 1: fail if nvcc is missing.
     WSAM_FUSED_CUDA_ARCHS=9.0   instead of all of 8.0, 9.0, 10.0, 12.0 that nvcc knows; a list.
     CUDA_HOME                   where to look for nvcc, besides PATH and /usr/local/cuda.
+    WSAM_FUSED_CXXFLAGS="-g"    flags after all others of the C++ compiler and linker; not of nvcc.
     MAX_JOBS                    compilers that run at once.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,8 @@ STABLE_ABI = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DTORCH_STABLE_ONLY"]
 # the error messages of torch's headers.
 # The last one that fits counts.
 NO_PATHS = ["-g0", *(f"-ffile-prefix-map={path}=." for path in (ROOT, *include_paths()))]
+# Of sanitizers and of coverage (.ci/sanitize, .ci/coverage).
+EXTRA_FLAGS = shlex.split(os.environ.get("WSAM_FUSED_CXXFLAGS", ""))
 CUDA_LIBRARY = "wsam_fused._cuda"
 ARCHITECTURES = ("80", "90", "100", "120")
 
@@ -54,8 +58,10 @@ def cpu_extension() -> Extension:
                 *STABLE_ABI,
                 *NO_PATHS,
                 "-DPy_LIMITED_API=0x030A0000",
+                *EXTRA_FLAGS,
             ]
         },
+        extra_link_args=EXTRA_FLAGS,
     )
     return extension
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ from wsam_fused.backends.native import NativeBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests" / "emulation" / "emulated.cpp"
-HEADERS = [ROOT / "tests" / "emulation" / "grid.h", *sorted((ROOT / "csrc").rglob("*.*h"))]
+HEADERS = [*sorted(SOURCE.parent.glob("*.h")), *sorted((ROOT / "csrc").rglob("*.*h"))]
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -26,13 +28,14 @@ FLAGS = [
     "-ffp-contract=off",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-DTORCH_STABLE_ONLY",
+    *shlex.split(os.environ.get("WSAM_FUSED_CXXFLAGS", "")),
 ]
 
 
 @cache
 def build() -> str | None:
     """Compile and load the library, or return why that is not possible."""
-    digest = hashlib.sha256(torch.__version__.encode())
+    digest = hashlib.sha256(" ".join([torch.__version__, *FLAGS]).encode())
     for path in [SOURCE, *HEADERS]:
         digest.update(path.read_bytes())
     library = ROOT / "build" / f"emulated-{digest.hexdigest()[:12]}.so"
@@ -40,9 +43,11 @@ def build() -> str | None:
         library.parent.mkdir(exist_ok=True)
         includes = [f"-I{path}" for path in [str(ROOT / "csrc"), *include_paths()]]
         links = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+        # A sanitizer that is loaded first looks at this process, not at the compiler.
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         command = [get_cxx_compiler(), *FLAGS, *includes, str(SOURCE), *links, "-o", str(library)]
         try:
-            run = subprocess.run(command, capture_output=True, text=True)
+            run = subprocess.run(command, capture_output=True, text=True, env=environment)
         except FileNotFoundError as error:
             return str(error)
         assert run.returncode == 0, run.stderr

@@ -20,6 +20,8 @@
 #include <utility>
 #include <vector>
 
+#include "stacks.h"
+
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
@@ -67,7 +69,11 @@ class Grid {
   // The thread waits for the others of its block.
   void wait() {
     current_->state = kWaiting;
-    if (_setjmp(current_->place) == 0) _longjmp(scheduler_, 1);
+    if (_setjmp(current_->place) == 0) {
+      leave(current_->stack, scheduler_stack_);
+      _longjmp(scheduler_, 1);
+    }
+    arrive(current_->stack, scheduler_stack_);
   }
 
   // Memory of the thread's block; it begins with anything.
@@ -88,7 +94,8 @@ class Grid {
     unsigned block, index;
     State state;
     jmp_buf place;
-    std::unique_ptr<char[]> stack{new char[kStack]};
+    std::unique_ptr<char[]> memory{new char[kStack]};
+    Stack stack{memory.get(), kStack};
   };
 
   struct Block {
@@ -115,11 +122,15 @@ class Grid {
   void turn() {
     threadIdx.x = current_->index;
     blockIdx.x = current_->block;
-    if (_setjmp(scheduler_) != 0) return;
+    if (_setjmp(scheduler_) != 0) {
+      arrive(scheduler_stack_, current_->stack);
+      return;
+    }
+    leave(scheduler_stack_, current_->stack);
     if (current_->state == kWaiting) _longjmp(current_->place, 1);
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = current_->stack.get();
+    context.uc_stack.ss_sp = current_->memory.get();
     context.uc_stack.ss_size = kStack;
     context.uc_link = nullptr;
     makecontext(&context, &Grid::main, 0);
@@ -142,6 +153,7 @@ class Grid {
   std::deque<Thread*> ready_;
   Thread* current_ = nullptr;
   jmp_buf scheduler_;
+  Stack scheduler_stack_;
   Call call_ = nullptr;
   const void* context_ = nullptr;
 };
@@ -149,8 +161,10 @@ class Grid {
 inline Grid grid;
 
 inline void Grid::main() {
+  arrive(grid.current_->stack, grid.scheduler_stack_);
   grid.call_(grid.context_);
   grid.current_->state = kEnded;
+  leave(grid.current_->stack, grid.scheduler_stack_, true);
   _longjmp(grid.scheduler_, 1);
 }
 

@@ -1,11 +1,13 @@
 // Argument checks of the operations. Every message names the argument, what it was and what it has
-// to be. The addresses inside a table cannot be checked here: the operations are private, and
-// wsam_fused/plan.py builds the tables from tensors that it has checked.
+// to be. What stands in a table is checked where the host can read it (cpu/check_table.h), but for
+// the addresses: the operations are private, and wsam_fused/plan.py builds the tables from tensors
+// that it has checked.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <vector>
 
@@ -65,14 +67,41 @@ inline void check_one_device(const Tensor& table, std::initializer_list<const Te
   }
 }
 
+// An argument that is written may not be in the memory of another one.
+inline void check_apart(std::initializer_list<const Tensor*> written,
+                        std::initializer_list<const Tensor*> read) {
+  const auto begin = [](const Tensor* tensor) {
+    return reinterpret_cast<uintptr_t>(tensor->const_data_ptr());
+  };
+  const auto overlap = [&](const Tensor* a, const Tensor* b) {
+    const auto bytes = [](const Tensor* tensor) {
+      const uintptr_t size = tensor->scalar_type() == ScalarType::Float ? 4 : 8;
+      return uintptr_t(tensor->numel()) * size;
+    };
+    return begin(a) < begin(b) + bytes(b) && begin(b) < begin(a) + bytes(a);
+  };
+  for (const Tensor* const* a = written.begin(); a != written.end(); ++a) {
+    for (const Tensor* const* b = a + 1; b != written.end(); ++b) {
+      STD_TORCH_CHECK(!overlap(*a, *b), "two arguments that are written share memory");
+    }
+    for (const Tensor* b : read) {
+      STD_TORCH_CHECK(!overlap(*a, b), "an argument that is written shares memory with another");
+    }
+  }
+}
+
 inline void check_gradient(int64_t gradient) {
   STD_TORCH_CHECK(gradient >= kGrad1 && gradient <= kGrad3, "gradient is ", gradient,
                   ", expected the row of a gradient in the table");
 }
 
-inline void check_geometry(int64_t geometry, bool has_backup) {
+inline void check_metric(int64_t geometry) {
   STD_TORCH_CHECK(geometry >= kEuclidean && geometry <= kFisher, "geometry is ", geometry,
                   ", expected 0 to ", int(kFisher));
+}
+
+inline void check_geometry(int64_t geometry, bool has_backup) {
+  check_metric(geometry);
   STD_TORCH_CHECK(geometry == kEuclidean || has_backup,
                   "geometry is not Euclidean, which needs has_backup=True");
 }
@@ -103,11 +132,13 @@ inline void check_states(ScalarType dtype, ScalarType state_dtype, int64_t round
                   "rounding_seed is not -1, which needs bfloat16 parameters");
 }
 
-inline void check_evaluations(int64_t evaluations, int64_t required) {
+inline void check_evaluations(int64_t evaluations, int64_t required, int64_t checked) {
   STD_TORCH_CHECK(evaluations >= 1 && evaluations <= 3, "evaluations is ", evaluations,
                   ", expected 1 to 3");
   STD_TORCH_CHECK(required > 0 && required < 1 << evaluations, "required is ", required,
                   ", expected a bit for at least one of ", evaluations, " gradients");
+  STD_TORCH_CHECK(checked >= 0 && checked < 1 << evaluations, "checked is ", checked,
+                  ", expected a bit for some of ", evaluations, " gradients");
 }
 
 }  // namespace wsam_fused

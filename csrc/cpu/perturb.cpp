@@ -13,6 +13,7 @@
 // list alone: flags[kAt] says afterwards where it is.
 #include <torch/csrc/stable/library.h>
 
+#include "check_table.h"
 #include "low_precision.h"
 #include "restore.h"
 #include "stream.h"
@@ -169,6 +170,17 @@ void move_low_list(const Plan& plan, const Move& move) {
   });
 }
 
+// The addresses that for_each_moved_segment() leads to.
+void check_moved(const Plan& plan, const Move& move, int64_t groups) {
+  const bool by_noise = move.at == kProbe || move.target == kProbe;
+  const bool reads_gradient = move.target == kWeights ? !move.has_backup : move.target != kProbe;
+  check_table(plan, groups, [&](int64_t tensor) {
+    if (!by_noise && !plan.at(kGrad1, tensor)) return;
+    if (reads_gradient) check_address(plan, kGrad1, "first gradient", tensor);
+    if (move.has_backup) check_address(plan, kBackup, "backup", tensor);
+  });
+}
+
 void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
              ScalarType grad_dtype, Tensor groups, Tensor scalars, Tensor flags, int64_t geometry,
              bool has_backup, bool has_master, int64_t target) {
@@ -180,9 +192,11 @@ void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
   check_point(target, has_backup);
   check_precision(dtype, has_backup, has_master, true);
   check_grad_dtype(dtype, grad_dtype);
-  const Point at = Point(int(flag[kAt]));
-  if (!can_move(at, Point(target), scalar)) return;
+  check_apart({&flags}, {&table, &chunks, &groups, &scalars});
+  const Point at = checked_point(flag[kAt], has_backup);
   const Move move{group_rows, scalar, geometry, at, Point(target), has_backup, has_master};
+  check_moved(plan, move, groups.size(0));
+  if (!can_move(at, Point(target), scalar)) return;
   if (is_low(dtype)) {
     with_low(dtype, [&](auto kind) { move_low_list<kind()>(plan, move); });
   } else {

@@ -16,6 +16,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../math.h"
+#include "check_table.h"
 #include "low_precision.h"
 
 namespace wsam_fused {
@@ -173,18 +174,24 @@ void with_pairing(Pairing pairing, const Body& body) {
 }
 
 void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-            ScalarType grad_dtype, Tensor groups, Tensor partials, Tensor scalars,
-            Tensor /* flags */, int64_t gradient, int64_t geometry, bool with_first,
-            bool accumulate, bool has_master) {
+            ScalarType grad_dtype, Tensor groups, Tensor partials, Tensor scalars, Tensor flags,
+            int64_t gradient, int64_t geometry, bool with_first, bool accumulate, bool has_master) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   const double* const group_rows = checked_groups(groups);
   check_gradient(gradient);
+  check_metric(geometry);
   double* const partial = checked_doubles(partials, "partials", 2 * plan.chunks);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
+  checked_doubles(flags, "flags", kFlags);  // which a GPU counts its blocks with
+  check_apart({&partials, &scalars, &flags}, {&table, &chunks, &groups});
   const Pairing pairing = pairing_of(gradient, geometry, with_first);
   check_precision(dtype, has_master, has_master, false);
   const Reduction reduction{group_rows, scalar, TableRow(gradient), has_master, partial};
   check_grad_dtype(dtype, grad_dtype);
+  check_table(plan, groups.size(0), [&](int64_t tensor) {
+    const bool reads_master = has_master && pairing == Pairing::kAdaptive;
+    if (reads_master && plan.at(kGrad1, tensor)) check_address(plan, kBackup, "backup", tensor);
+  });
   with_pairing(pairing, [&](auto constant) {
     if (is_low(dtype)) {
       with_low(dtype, [&](auto kind) { reduce_low_list<kind(), constant()>(plan, reduction); });

@@ -16,6 +16,7 @@
 // gradient is restored and not updated; a step with a norm that is not finite updates nothing.
 #include <torch/csrc/stable/library.h>
 
+#include "check_table.h"
 #include "update_low.h"
 
 namespace wsam_fused {
@@ -86,6 +87,27 @@ void with_rule(int64_t base_rule, const Body& body) {
   }
 }
 
+// The addresses that for_each_stepped_segment() leads to.
+void check_stepped(const Plan& plan, const Step& step, int64_t base_rule, int64_t groups) {
+  int states = 0;
+  with_rule(base_rule, [&](auto rule) { states = state_count(rule()); });
+  check_table(plan, groups, [&](int64_t tensor) {
+    const bool updates = !step.skipped && has_gradients(plan, tensor, step.required);
+    const bool perturbed = step.at != kWeights && plan.at(kGrad1, tensor);
+    const bool reads_backup = step.has_master || (perturbed && step.has_backup);
+    if ((updates || perturbed) && reads_backup) check_address(plan, kBackup, "backup", tensor);
+    if (!updates) return;
+    for (int s = 0; s < states; ++s) {
+      check_address(plan, TableRow(kState1 + s), "state", tensor);
+    }
+    const double* const group = step.groups + plan.at(kGroup, tensor) * kGroupColumns;
+    const bool first_is_used = group[kH1] != 0 || group[kD1] != 0 || step.evaluations == 1;
+    for (int k = first_is_used ? 0 : 1; k < step.evaluations; ++k) {
+      check_address(plan, TableRow(kGrad1 + k), "gradient", tensor);
+    }
+  });
+}
+
 void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
             ScalarType grad_dtype, ScalarType state_dtype, Tensor groups, Tensor scalars,
             Tensor flags, Tensor steps, int64_t base_rule, int64_t evaluations, int64_t required,
@@ -93,12 +115,13 @@ void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
             int64_t rounding_seed) {
   const Plan plan = checked_plan(table, chunks, chunk_size);
   check_tensor(steps, "steps", ScalarType::Float, plan.tensors);
-  check_evaluations(evaluations, required);
+  check_evaluations(evaluations, required, checked);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
   float* const step_counts = static_cast<float*>(steps.mutable_data_ptr());
   const bool skipped = !all_finite(scalar, int(checked));
-  const Point at = Point(int(flag[kAt]));
+  check_apart({&scalars, &flags, &steps}, {&table, &chunks, &groups});
+  const Point at = checked_point(flag[kAt], has_backup);
   check_precision(dtype, has_backup, has_master, at != kWeights);
   check_states(dtype, state_dtype, rounding_seed);
   check_grad_dtype(dtype, grad_dtype);
@@ -114,6 +137,7 @@ void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
                   skipped,
                   state_dtype != dtype || !is_low(dtype),
                   rounding_seed};
+  check_stepped(plan, step, base_rule, groups.size(0));
   with_rule(base_rule, [&](auto rule) {
     if (is_low(dtype)) {
       with_low(dtype, [&](auto kind) { update_low_list<kind(), rule()>(plan, step); });

@@ -67,11 +67,13 @@ void reduce(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
   const Plan plan = checked_plan(table, chunks, chunk_size);
   const double* const group_rows = checked_groups(groups);
   check_gradient(gradient);
+  check_metric(geometry);
   double* const partial = checked_doubles(partials, "partials", 2 * plan.chunks);
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
   check_precision(dtype, has_master, has_master, false);
   check_one_device(table, {&chunks, &groups, &partials, &scalars, &flags});
+  check_apart({&partials, &scalars, &flags}, {&table, &chunks, &groups});
   const auto run = [&](auto op) {
     op.plan = plan;
     op.groups = group_rows;
@@ -107,6 +109,7 @@ void perturb(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
   check_point(target, has_backup);
   check_precision(dtype, has_backup, has_master, true);
   check_one_device(table, {&chunks, &groups, &scalars, &flags});
+  check_apart({&flags}, {&table, &chunks, &groups, &scalars});
   const auto run = [&](auto op) {
     op.plan = plan;
     op.groups = group_rows;
@@ -169,10 +172,11 @@ void update(Tensor table, Tensor chunks, int64_t chunk_size, ScalarType dtype,
   double* const scalar = checked_doubles(scalars, "scalars", kScalarSlots);
   double* const flag = checked_doubles(flags, "flags", kFlags);
   check_tensor(steps, "steps", ScalarType::Float, plan.tensors);
-  check_evaluations(evaluations, required);
+  check_evaluations(evaluations, required, checked);
   check_precision(dtype, has_backup, has_master, false);  // only the device knows where they are
   check_states(dtype, state_dtype, rounding_seed);
   check_one_device(table, {&chunks, &groups, &scalars, &flags, &steps});
+  check_apart({&scalars, &flags, &steps}, {&table, &chunks, &groups});
   const UpdateCall call{table,
                         plan,
                         group_rows,

@@ -43,8 +43,10 @@ class StepsCallByCall(MethodOptimizer):
         """Do what ``restore()`` does, in any thread: autograd has threads of its own."""
         self._replay.forget()
         if self._engine is not None:
-            self._batch_norm.restore()
-            self._engine.abandon()
+            try:
+                self._batch_norm.restore()
+            finally:
+                self._engine.abandon()
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

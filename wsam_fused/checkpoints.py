@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-=======
-from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
->>>>>>> security
 from typing import TYPE_CHECKING, Any
 
 import torch

@@ -272,16 +272,7 @@ class SharpnessAwareOptimizer(ScaledSteps, StepsCallByCall):
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back if they are perturbed and forget the step; else do nothing."""
-<<<<<<< HEAD
-        self._replay.forget()
-        if self._engine is not None:
-            try:
-                self._batch_norm.restore()
-            finally:
-                self._engine.abandon()
-=======
         self._undo_step()
->>>>>>> longruns
 
     # ---- parts of a step, for the methods that order them otherwise --------------------------
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, Row
+from benchmarks.common import PROVENANCE, RESULTS, ROOT, Row, environment
 from benchmarks.readme import filled
 from benchmarks.reliability.fault_cases import applies, broken, trials, was_dropped
 from benchmarks.reliability.fault_matrix import GAPS, MATRIX, Kind, Point, why_empty
@@ -31,7 +30,7 @@ BACKENDS = ("cpu", "eager")
 OURS = "wsam_fused"
 _COUNTS = {left: left.name.lower() for left in Left}
 FIELDS = ("who", "point", "kind", "trials", "broken", "gaps", *_COUNTS.values())
-FIELDS += ("version", "torch", "date", "command")
+FIELDS += ("version", *PROVENANCE)
 
 
 # ---- running ---------------------------------------------------------------------------------
@@ -82,16 +81,14 @@ def _each(subjects: Mapping[str, Subject]) -> Iterator[tuple[str, str, Subject]]
 def _row(who: str, point: Point, kind: Kind, counts: Counter[str], places: int) -> Row:
     from wsam_fused import __version__
 
-    found = {name: str(counts[name]) for name in FIELDS[3:-4]}
+    found = {name: str(counts[name]) for name in ("trials", "broken", "gaps", *_COUNTS.values())}
     return {
         "who": who,
         "point": point.name,
         "kind": kind.name,
         **found,
         "version": __version__ if who == OURS else peer_version(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.reliability faults --places {places}",
+        **environment(f"python -m benchmarks.reliability faults --places {places}"),
     }
 
 
@@ -117,8 +114,8 @@ def table(path: Path = FILE) -> str:
     gaps = sum(int(row["gaps"]) for row in rows.values() if row["who"] == OURS)
     caption = (
         f"{total} faults in steps of {len(SUBJECTS)} optimizers of {OURS}, {failed} broken "
-        f"promises, {gaps} in the gaps below; `{ours['command']}`, torch {ours['torch']}, "
-        f"{ours['date']}."
+        f"promises, {gaps} in the gaps below; `{ours['command']}`, {ours['device']}, torch "
+        f"{ours['torch']}, {ours['date']}."
     )
     return "\n\n".join([caption, "\n".join(lines), _gaps(), _empty()])
 

@@ -1,0 +1,1 @@
+"""What the package does under faults, hostile input and long runs."""

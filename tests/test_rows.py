@@ -181,7 +181,7 @@ def test_esam_perturbs_by_rho_over_beta() -> None:
     group["beta"] = 1.0
     assert optimizer._places(group)["rho"] == 0.3
     group["beta"] = 0.0
-    with pytest.raises(ValueError, match="beta is 0.0, expected a number"):
+    with pytest.raises(ValueError, match=r"beta is 0.0, expected a number"):
         optimizer._places(group)
 
 

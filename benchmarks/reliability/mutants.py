@@ -1,6 +1,7 @@
-"""Mutation testing: ``python -m benchmarks.reliability.mutants`` changes a source, one place at a
-time, and runs the tests that concern it. A mutant that they pass has survived: either a test is
-missing, or the change is none (``equivalent_mutants.py`` says why).
+"""Mutation testing: changes a source in one place and runs the tests that concern it.
+
+``python -m benchmarks.reliability.mutants`` does so for every place. A mutant that the tests pass
+has survived: either a test is missing, or the change is none (``equivalent_mutants.py`` says why).
 
 A script of our own, because mutmut puts a trampoline around every function, so that it leaves the
 rows of the methods alone, which are constants of modules and classes, and because cosmic-ray starts

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ FOUND = {
 THREADS_FOUND = {"shared": "ThreadSanitizer: data race"}
 
 
+@cache
 def planted(fault: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the script, with the report on standard error."""
     options = {

@@ -269,9 +269,7 @@ class MethodOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("pickling or copying the optimizer")
         own = {name: getattr(self, name) for name in _OWN_ATTRIBUTES}
-        if self._engine is not None:
-            own["_carried_counts"] = self._step_counts()
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_carried_counts": self._step_counts()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._carried_counts = {}  # load_state_dict() brings a state that says it all

@@ -116,6 +116,24 @@ def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path) -> None:
     assert has_reader == "False"
 
 
+def test_reasons_within_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "_C.so"
+    file.write_bytes(b"not a library")
+    monkeypatch.setattr(_extension, "_library", lambda name: file)
+    reason = _extension._load()
+    assert reason is not None
+    assert reason.startswith("_C.so does not load with torch")
+    assert _extension._load_reader() is None, "operations without a reader are used as they are"
+    monkeypatch.setattr(_extension, "_library", lambda name: None)
+    reason = _extension._load()
+    assert reason is not None
+    assert reason.startswith("the extension is not built; run")
+    monkeypatch.setattr(_extension, "UNAVAILABLE", reason)
+    assert _extension._load_reader() is None
+    assert _extension.cuda_unavailable.__wrapped__() == reason
+    assert _extension.cpu_instruction_set() == "none"
+
+
 def test_the_library_says_no_folder_where_others_are_looked_for() -> None:
     """A RUNPATH would be looked in for torch's libraries, which are in the process already."""
     readelf = shutil.which("readelf")

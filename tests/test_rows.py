@@ -6,6 +6,7 @@ No step is made here: these are the tables that every backend is given, against 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -63,6 +64,14 @@ ROWS: list[tuple[str, dict[str, Any], tuple[float, ...], tuple[float, ...]]] = [
 def test_rows_of_numbers(method: str, options: Any, h: Any, d: Any) -> None:
     optimizer = optimizer_of(METHODS[method], **options)
     assert optimizer.row(optimizer.param_groups[0]) == Row(evaluations=2, h=h, d=d)
+
+
+def test_a_row_is_shared_by_optimizers_and_cannot_be_changed() -> None:
+    first, second = (optimizer_of(SAM) for _ in range(2))
+    row = first.row(first.param_groups[0])
+    assert row is second.row(second.param_groups[0])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.evaluations = 3
 
 
 def test_a_step_of_the_base_optimizer() -> None:

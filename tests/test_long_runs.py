@@ -150,7 +150,7 @@ def nothing_grows_in_any_use() -> None:
     grown = [
         f"{name}: {line}"
         for name, (make, use) in USES.items()
-        for line in growth(readings(Uses(make, use), STEPS // 10, 5))  # type: ignore[arg-type]
+        for line in growth(readings(Uses(make, use), STEPS // 30, 5))  # type: ignore[arg-type]
     ]
     assert not grown, "\n".join(grown)
 

@@ -56,7 +56,8 @@ def cpu_extension() -> Extension:
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 *STABLE_ABI,
-                *NO_PATHS,
+                # gcov has to find the sources.
+                *([] if EXTRA_FLAGS else NO_PATHS),
                 "-DPy_LIMITED_API=0x030A0000",
                 *EXTRA_FLAGS,
             ]

@@ -214,7 +214,7 @@ def check(case: Case, backend: str, steps: int = 2) -> None:
     Raises:
         AssertionError: They differ.
     """
-    counts["steps of a list"] += 1
+    counts["cases"] += 1
     pairs = []
     for name in (backend, "eager"):
         generator = torch.Generator().manual_seed(case.seed)

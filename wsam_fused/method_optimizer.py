@@ -324,6 +324,7 @@ class MethodOptimizer(Optimizer):
                 "the optimizer has to set up its tables, which a CUDA graph cannot capture; make "
                 "a whole step before the capture, with gradients for the same parameters"
             )
+        rows = self._rows(self._method_rows())  # a wrong value is found before there is new state
         foreign = self._base if self._rule_class is None else None
         lists = TensorLists(
             self.param_groups,
@@ -347,7 +348,7 @@ class MethodOptimizer(Optimizer):
         self._keep_captured()
         if self._in_backward is not None:
             self._in_backward.attach(lists.list_of)
-        lists.set_rows(self._rows(self._method_rows()))
+        lists.set_rows(rows)
         self._engine = engine
         return engine
 

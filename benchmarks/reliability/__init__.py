@@ -1,1 +1,1 @@
-"""What the package does under faults, hostile input and long runs."""
+"""What happens under faults, hostile input and long runs; docs/reliability.md has the results."""

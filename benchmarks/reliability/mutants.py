@@ -149,7 +149,7 @@ def _prepare() -> None:
         del sys.modules[name]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Judge the sources that are asked for and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("files", nargs="*", help="below wsam_fused/; all that there are tests for")
@@ -157,7 +157,7 @@ def main() -> None:
         "--lines", type=int, nargs=2, default=(1, 10**6), help="only mutants from line to line"
     )
     parser.add_argument("--every", type=int, default=1, help="only one in so many")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     unknown = [file for file in arguments.files if file not in TESTS]
     if unknown:
         parser.error(f"files is {unknown}, expected some of {', '.join(TESTS)}")

@@ -88,10 +88,19 @@ def _check_writes(call: Call, before: torch.Tensor) -> None:
     assert first is None, f"{call.operation} wrote to byte {first}, which is none of its operands'"
 
 
+def fail_on_purpose(seed: int) -> bool:
+    """Crash at seed 3 and be wrong at seed 5, for the test that such things are found."""
+    if seed == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    assert seed != 5, "wrong on purpose"
+    return True
+
+
 TARGETS: dict[str, Callable[[int], bool]] = {
     "cpu": lambda seed: check_operation(seed, emulated=False),
     "cuda-emulated": lambda seed: check_operation(seed, emulated=True),
     "reader": check_reader,
+    "on-purpose": fail_on_purpose,
 }
 
 

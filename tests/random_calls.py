@@ -41,13 +41,25 @@ class RandomCalls(OptimizerAndModel):
             loss.backward()  # type: ignore[no-untyped-call]
 
     @precondition(lambda self: not (self.is_pending and self.handle))
-    @rule(seed=seeds, mask=st.sampled_from([15, 15, 7]), zero_grad=st.booleans())
-    def go_on(self, seed: int, mask: int, zero_grad: bool) -> None:
+    @rule(
+        seed=seeds,
+        mask=st.sampled_from([15, 15, 7]),
+        zero_grad=st.booleans(),
+        rho=st.sampled_from([None, None, 0.01, 0.3]),
+        count=st.integers(1, 3),
+    )
+    def go_on(self, seed: int, mask: int, zero_grad: bool, rho: float | None, count: int) -> None:
         """What comes next in a step: most random calls are refused, and a step would be rare."""
-        self.zero_grad(True)
-        self.backward(seed, mask)
         calls = (self.first_step, self.second_step, self.third_step)
-        calls[self.model.read](zero_grad)
+        for number in range(count):
+            if self.is_pending and self.handle:
+                return
+            self.zero_grad(True)
+            self.backward(seed + number, mask)
+            if rho is not None and self.is_pending:  # the restore must not use it
+                self.change_hyper(0, "rho", rho)
+            calls[self.model.read](zero_grad)
+            self.agrees()
 
     @rule(seed=seeds, mask=st.integers(0, 15), kind=st.sampled_from(["usual", "view", "strided"]))
     def assign_gradients(self, seed: int, mask: int, kind: str) -> None:

@@ -36,6 +36,13 @@ def test_damaged_calls_raise_and_write_nothing(target: str) -> None:
     assert min(found.accepted, found.refused) > found.cases / 20, "only one kind of call was made"
 
 
+def test_a_crash_is_found_with_its_seed_and_the_calls_go_on() -> None:
+    found = fuzz("on-purpose", 0, 8, seconds=120)
+    assert (found.cases, found.accepted) == (8, 6)
+    assert [crash.splitlines()[0] for crash in found.crashes] == ["on-purpose, seed 3: SIGSEGV"]
+    assert found.corruptions == ["on-purpose, seed 5: wrong on purpose"]
+
+
 @pytest.mark.parametrize("kind", OF_ARGUMENTS + OF_TABLES, ids=lambda kind: kind.__name__)
 def test_every_damage_is_found_by_an_exception(kind: object) -> None:
     """Each alone: another one would hide that it is not noticed."""

@@ -149,8 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = args.seconds * part.seconds / share
         outcome = make(name, round(args.cases * part.cases), seconds, args.seed)
         outcomes.append(outcome)
+        notes = f" ({outcome.notes})" if outcome.notes else ""
         print(
-            f"{name}: {outcome.cases} {part.what} ({outcome.notes}), {len(outcome.crashes)} "
+            f"{name}: {outcome.cases} {part.what}{notes}, {len(outcome.crashes)} "
             f"crashes, {len(outcome.corruptions)} corruptions, {time.monotonic() - begin:.0f} s",
             flush=True,
         )

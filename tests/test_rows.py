@@ -156,6 +156,8 @@ EDGES = [
     ("ESAM", "gamma", [1e-9, 1.0], [0.0, 1.0 + 1e-9]),
     ("RWSAM", "lam", [0.0, 5.0], [-1e-9]),
     ("RWSAM", "delta", [1e-9, 5.0], [0.0]),
+    *((method, "rho", [0.0, 5.0], [-1e-9, math.inf]) for method in METHODS),
+    *((method, "eta", [0.0, 5.0], [-1e-9]) for method in METHODS),
 ]
 
 
@@ -168,6 +170,8 @@ def test_the_edges_of_ranges(method: str, name: str, inside: Any, outside: Any) 
     for value in outside:
         with pytest.raises(ValueError, match=f"{name} is .*, expected a number"):
             optimizer_of(METHODS[method], **{name: value})
+    if name in ("rho", "eta"):
+        return
     if method in ("WSAM", "GSAM", "GNP"):  # also where it was changed while training
         for value in inside:
             optimizer.param_groups[0][name] = value

@@ -120,7 +120,7 @@ def judge(file: str, first: int, last: int, every: int) -> Counter[str]:
     for mutant in inside[::every]:
         survived = passes(TESTS[file], _MutantFinder(name, path, mutant))
         change = f"{mutant.before} -> {mutant.after}"
-        reason = EXPLAINED.get((file, change))
+        reason = EXPLAINED.get((file, change)) or EXPLAINED.get(("*", change))
         if survived is None:
             found["too slow"] += 1
         elif not survived:

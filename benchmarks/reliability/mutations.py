@@ -61,10 +61,17 @@ def mutants(source: str) -> Iterator[Mutant]:
     for index in range(count):
         for choice in range(len(_changes(*_at(source, index)[1:]))):
             tree, node, skipped = _at(source, index)
-            before = ast.unparse(node)
+            shown = _shown(tree, node)
+            before = ast.unparse(shown)
             _changes(node, skipped)[choice]()
             ast.fix_missing_locations(tree)
-            yield Mutant(getattr(node, "lineno", 0), before, ast.unparse(node), tree)
+            yield Mutant(getattr(node, "lineno", 0), before, ast.unparse(shown), tree)
+
+
+def _shown(tree: ast.Module, node: ast.AST) -> ast.AST:
+    """Return what says more than a node: the argument whose value it is."""
+    arguments = (each for each in ast.walk(tree) if isinstance(each, ast.keyword))
+    return next((each for each in arguments if each.value is node), node)
 
 
 def _at(source: str, index: int) -> tuple[ast.Module, ast.AST, bool]:

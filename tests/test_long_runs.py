@@ -244,7 +244,7 @@ def test_the_same_gradient_again_moves_no_weight_twice(backend: str) -> None:
 
 def test_the_drift_of_a_training_is_less_than_that_of_float32() -> None:
     last = trainings("noise alone", 500)[-1]
-    assert 0 < last.typical < 0.1 * last.of_float32
+    assert 0 < last.typical < 0.25 * last.of_float32
     kept = {"dtype": torch.bfloat16, "master_weights": True}
     assert all(each.farthest == 0 for each in trainings("noise alone", 200, **kept))
 

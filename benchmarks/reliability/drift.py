@@ -8,6 +8,7 @@ nothing else, and what is measured is the walk.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -144,10 +145,9 @@ PROBLEMS: Mapping[str, Gradient] = {
 class _Trained:
     def __init__(self, first: Tensor, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
         self.param = nn.Parameter(first.to(dtype, copy=True))
-        base = torch.optim.AdamW
-        self.optimizer = WSAM(
-            [self.param], base, lr=LEARNING_RATE, rho=RHO, backend="cpu", **options
-        )
+        # Without decay: 1 - lr * weight_decay in float32 is another decay than in float64.
+        adamw = functools.partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0)
+        self.optimizer = WSAM([self.param], adamw, rho=RHO, backend="cpu", **options)
 
     def step(self, gradient: Gradient, noise: Tensor) -> None:
         for call in (self.optimizer.first_step, self.optimizer.second_step):

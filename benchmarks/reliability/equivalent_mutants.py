@@ -15,4 +15,5 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("methods/rwsam.py", "self._batch_norm.save() -> None"): _SLOW,
     ("methods/rwsam.py", "self._batch_norm.restore() -> None"): _SLOW,
     ("coefficients.py", "row.sign < 0 -> row.sign <= 0"): "a sign is 1 or -1",
+    ("coefficients.py", "0 -> 1"): "a sign is 1 or -1",
 }

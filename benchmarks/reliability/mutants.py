@@ -162,16 +162,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"files is {unknown}, expected some of {', '.join(TESTS)}")
     _prepare()
-    rows = []
+    rows = ["| source | mutants | killed | too slow | no change, explained | survived |"]
+    rows.append("|---|---|---|---|---|---|")
     for file in arguments.files or TESTS:
         start = time.monotonic()
         found = judge(file, *arguments.lines, arguments.every)
         columns = [found[key] for key in ("killed", "too slow", "explained", "survived")]
         seconds = time.monotonic() - start
         rows.append(f"| `{file}` | {found.total()} | {' | '.join(map(str, columns))} |")
-        print(f"{file}: {found.total()} mutants in {seconds:.0f} s", flush=True)
-    print("| source | mutants | killed | too slow | no change, explained | survived |")
-    print("|---|---|---|---|---|---|")
+        print(f"{file}: {found.total()} mutants in {seconds:.0f} s: {dict(found)}", flush=True)
     print("\n".join(rows))
 
 
